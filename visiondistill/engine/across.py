@@ -1,0 +1,62 @@
+"""Collectives for losses and hooks: differentiable, traceable, the identity on one process.
+
+With them a loss may be a function of the *global* batch. The engine averages gradients over
+processes, so a loss that every process computes on the gathered batch has the gradient of one
+process on the whole batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _reduce(x, "sum") / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _reduce(gradient, "sum") / dist.get_world_size()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _ready(collectives.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        rows = gradient.shape[0] // dist.get_world_size()
+        whole = _reduce(gradient, "sum")
+        return whole[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
+
+
+def gather_across(x: Tensor) -> Tensor:
+    """Rows of all processes, `[B, ...] -> [processes * B, ...]`, in rank order."""
+    return _Gather.apply(x) if process_count() > 1 else x
+
+
+def mean_across(x: Tensor) -> Tensor:
+    """Mean over processes. Use it on whatever enters nonlinearly, such as an inner gradient."""
+    return _Mean.apply(x) if process_count() > 1 else x
+
+
+def _reduce(x: Tensor, how: str) -> Tensor:
+    return _ready(collectives.all_reduce(x.contiguous(), how, dist.group.WORLD))
+
+
+def _ready(x: Tensor) -> Tensor:
+    # Eager collectives hand out a tensor that waits on first use; in a graph the compiler places the wait.
+    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x

@@ -1,0 +1,169 @@
+"""Where a run's checkpoints lie, which one a run continues, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from visiondistill.engine import state
+from visiondistill.engine.assembly import Assembly
+from visiondistill.engine.errors import ResumeError
+from visiondistill.engine.launch import World
+from visiondistill.engine.settings import Run, Stage
+from visiondistill.engine.track import environment
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    meta: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        return cls(*state.load(folder), folder)
+
+
+class Store:
+    """The checkpoints of one run folder.
+
+    `checkpoints/step_*` are the run's; `checkpoints/stage_*` keep the end of each finished stage,
+    from which a resumed run rebuilds what later stages were handed.
+
+    Raises:
+        ResumeError: the folder is in use and `resume` does not say what to do with it.
+    """
+
+    def __init__(self, run: Run, world: World) -> None:
+        self.run, self.world = run, world
+        self.folder = Path(run.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        used = [name for name in ("checkpoints", "metrics.jsonl") if (self.folder / name).exists()]
+        world.barrier()
+        if run.resume == "none" and used:
+            raise ResumeError(
+                f"{self.folder} already holds a run ({', '.join(used)}): set resume='auto' to continue it, "
+                f"or choose another output_dir"
+            )
+        if world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        world.barrier()
+
+    def describe(self, config: str | None) -> None:
+        """Keep where the run takes place, and its recipe, beside the results."""
+        if self.world.first:
+            (self.folder / "env.json").write_text(json.dumps(environment(self.world), indent=1))
+            if config is not None:
+                (self.folder / "config.yaml").write_text(config)
+
+    def find(self) -> Checkpoint | None:
+        """The checkpoint to continue from, if any.
+
+        Raises:
+            ResumeError: a path was named and there is no whole checkpoint.
+        """
+        if self.run.resume == "none":
+            return None
+        if self.run.resume == "auto":
+            folder = state.newest(self.checkpoints)
+            return Checkpoint.read(folder) if folder is not None else None
+        return Checkpoint.read(checkpoint_in(Path(self.run.resume)))
+
+    def restore(self, index: int, assembly: Assembly, checkpoint: Checkpoint | None) -> int:
+        """Bring stage `index` to where the run stood; returns the first step to play."""
+        if checkpoint is None or index > checkpoint.meta["stage"]:
+            if index == 0 and self.run.init_from is not None:
+                source = Checkpoint.read(checkpoint_in(Path(self.run.init_from)))
+                assembly.load_weights(source.tensors.get("weights", {}))
+            assembly.method.setup(assembly.method.streams)
+            return 0
+        if index < checkpoint.meta["stage"]:
+            checkpoint = Checkpoint.read(checkpoint.folder.parent / _stage_name(index, assembly.stage))
+            self._adopt(checkpoint)
+        _check_same_run(assembly, checkpoint, self.run, self.world)
+        assembly.unpack(checkpoint.tensors, checkpoint.meta["numbers"])
+        return checkpoint.meta["step"]
+
+    def save(self, index: int, assembly: Assembly, step: int, global_step: int, block: int, final: bool) -> None:
+        """Write the checkpoint of a step, and of a finished stage that others follow; then clean up."""
+        if self.world.first:
+            tensors, numbers = assembly.pack()
+            meta = {
+                "stage": index,
+                "step": step,
+                "global_step": global_step,
+                "numbers": numbers,
+                "noise_block": block,
+                "run": dataclasses.asdict(self.run),
+                "processes": self.world.size,
+                "method": assembly.describe(),
+                "rebuilt": assembly.fingerprint(),
+            }
+            state.save(self.checkpoints / f"step_{global_step:09d}", tensors, meta)
+            if step == assembly.stage.steps and not final:
+                state.save(self.checkpoints / _stage_name(index, assembly.stage), tensors, meta)
+            state.retain(self.checkpoints, self.run.keep, self.run.keep_every)
+        self.world.barrier()
+
+    def _adopt(self, checkpoint: Checkpoint) -> None:
+        # A run that continues in another folder must find its finished stages there the next time.
+        own = self.checkpoints / checkpoint.folder.name
+        if self.world.first and not own.exists():
+            state.save(own, checkpoint.tensors, checkpoint.meta)
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest whole one of the run folder that it is.
+
+    Raises:
+        ResumeError: there is none.
+    """
+    if (path / state.MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise ResumeError(f"{path} does not exist: name a run folder or one of its checkpoints")
+    folder = state.newest(path / "checkpoints")
+    if folder is None:
+        raise ResumeError(f"{path} holds no checkpoint: name a run folder or one of its checkpoints")
+    return folder
+
+
+def _stage_name(index: int, stage: Stage) -> str:
+    return f"stage_{index}_{stage.name}"
+
+
+def _check_same_run(assembly: Assembly, checkpoint: Checkpoint, run: Run, world: World) -> None:
+    meta = checkpoint.meta
+    settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in (*Run.MAY_DIFFER, *Run.ROUNDING)}
+    then = {"run": {k: meta["run"].get(k) for k in settings}, "stage": meta["method"]}
+    now = {"run": settings, "stage": json.loads(json.dumps(assembly.describe()))}
+    changes = list(_differences(then, now))
+    if not changes and meta["rebuilt"] != assembly.fingerprint():
+        changes = ["the frozen networks (teacher, base of adapters) hold other weights"]
+    if changes:
+        raise ResumeError(
+            f"{checkpoint.folder} is not this run, so it cannot be continued bit for bit:\n  - "
+            + "\n  - ".join(changes)
+            + "\nSet these back, or start a new run with init_from."
+        )
+    if (meta["processes"], meta["run"]["grad_accum_steps"]) != (world.size, run.grad_accum_steps):
+        warnings.warn(
+            "continuing with another number of processes or micro-batches: equal within rounding, not to the bit",
+            stacklevel=2,
+        )
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        names = sorted(set(then) | set(now))
+        return [c for name in names for c in _differences(then.get(name), now.get(name), f"{path}.{name}".lstrip("."))]
+    return [] if then == now else [f"{path}: was {then!r}, is {now!r}"]

@@ -1,0 +1,33 @@
+"""What ends a run, each with the exit code that the command line returns."""
+
+from __future__ import annotations
+
+
+class TrainingError(RuntimeError):
+    """Base class; `exit_code` is what a command returns for it."""
+
+    exit_code = 1
+
+
+class SettingsError(TrainingError, ValueError):
+    """Settings, files or networks that do not fit together, found before the first step."""
+
+    exit_code = 2
+
+
+class ResumeError(SettingsError):
+    """A run folder or checkpoint that cannot be continued as asked."""
+
+
+class NonFinite(TrainingError):
+    """A term or gradient was not finite; nothing was updated from it."""
+
+    exit_code = 3
+
+
+class NoGradient(TrainingError):
+    """A turn's loss never reached a player that the turn moves."""
+
+
+class NotLearning(TrainingError):
+    """Proof of learning failed; see `proof.py`."""

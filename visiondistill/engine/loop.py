@@ -1,0 +1,248 @@
+"""The training loop. One batch, from loader to optimiser:
+
+    feed -> Step (prepare, each due turn: loss, backward, guard, optimiser, average) -> log -> checkpoint
+
+It knows neither teachers nor noise nor data sets; all that a method is stands in `method.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from visiondistill.engine import replay
+from visiondistill.engine.assembly import Assembly, Kept
+from visiondistill.engine.checkpoints import Checkpoint, Store
+from visiondistill.engine.compile import FrozenCompiled, compiler_settings
+from visiondistill.engine.errors import NonFinite, SettingsError
+from visiondistill.engine.launch import World, launch
+from visiondistill.engine.method import Method
+from visiondistill.engine.proof import Proof, Report
+from visiondistill.engine.rng import key
+from visiondistill.engine.settings import Run, Stage
+from visiondistill.engine.shares import Shares
+from visiondistill.engine.signals import Signals
+from visiondistill.engine.step import Context, Step
+from visiondistill.engine.track import Tracker
+
+
+@dataclass
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+        product: the last stage's product, with its raw weights.
+        ema: a copy of it with the averaged weights, where an average was kept.
+        history: the lines of metrics.jsonl; "<turn>/<term>" are means over a window of steps.
+        output_dir: the run folder.
+        step: steps done, over all stages.
+        reason: "finished", or the name of the signal that ended the run ("SIGTERM").
+        proofs: the proof of learning of each stage whose window was filled.
+        method: the last stage's method.
+    """
+
+    product: nn.Module
+    ema: nn.Module | None
+    history: list[dict[str, Any]]
+    output_dir: Path
+    step: int
+    reason: str
+    proofs: dict[str, Report]
+    method: Method
+
+
+def train(stages: Sequence[Stage], run: Run, config: str | None = None) -> Result:
+    """Train the stages in order, resuming where the run asks for it.
+
+    Args:
+        stages: methods with their lengths, in order.
+        run: everything else.
+        config: the recipe's text, kept in the run folder as `config.yaml`.
+
+    Raises:
+        SettingsError: settings, networks and data do not fit together (before the first step).
+        ResumeError: the run folder cannot be continued, or is already in use.
+        NonFinite: a term or gradient was not finite. Weights are those of the last good update.
+        NoGradient, NotLearning: a player or term takes no part in learning.
+    """
+    names = [stage.name for stage in stages]
+    if not names or len(set(names)) < len(names):
+        raise SettingsError(f"a run needs at least one stage, and different names for them; got {names}")
+    world = launch(run.device)
+    store = Store(run, world)
+    checkpoint = store.find()
+    store.describe(config)
+    done = checkpoint.meta["global_step"] if checkpoint else 0
+    total = sum(stage.steps for stage in stages)
+    tracking = Tracker(store.folder, world, total, done, run.batch_size, run.progress)
+    compiling = compiler_settings() if run.compile else nullcontext()
+    with compiling, tracking as tracker, Signals() as signals:
+        return _Session(stages, run, world, store, signals, tracker).play(checkpoint)
+
+
+class _Session:
+    """One call of `train`: the stages of a run in one folder."""
+
+    def __init__(
+        self, stages: Sequence[Stage], run: Run, world: World, store: Store, signals: Signals, tracker: Tracker
+    ) -> None:
+        self.stages, self.run, self.world, self.store = stages, run, world, store
+        self.signals, self.tracker = signals, tracker
+        self.kept = Kept()
+        self.stopped = False
+        self.proofs: dict[str, Report] = {}
+
+    def play(self, checkpoint: Checkpoint | None) -> Result:
+        handover: Any = None
+        before = step = 0
+        for index, stage in enumerate(self.stages):
+            method = stage.method if isinstance(stage.method, Method) else stage.method(handover)
+            # Steps count from 0 in every stage, noise and batches must not.
+            run = replace(self.run, seed=key(self.run.seed, "stage", index)) if index else self.run
+            assembly = Assembly(stage, method, run, self.world, self.kept)
+            shares = Shares(method.streams, run, self.world, checkpoint.meta["noise_block"] if checkpoint else None)
+            first = self.store.restore(index, assembly, checkpoint)
+            frozen = FrozenCompiled(method.frozen.values(), self.run)
+            try:
+                step = self._stage(index, assembly, shares, first, before) if first < stage.steps else first
+            finally:
+                assembly.release()
+                frozen.release()
+            before += step
+            if step < stage.steps or (self.stopped and stage is not self.stages[-1]):
+                break
+            handover = method.handover()
+        finished = before == sum(stage.steps for stage in self.stages)
+        return Result(
+            product=method.product(),
+            ema=assembly.ema.module() if assembly.ema is not None else None,
+            history=self.tracker.history,
+            output_dir=self.store.folder,
+            step=before,
+            reason="finished" if finished else signal.Signals(self.signals.received or signal.SIGTERM).name,
+            proofs=self.proofs,
+            method=method,
+        )
+
+    def _stage(self, index: int, assembly: Assembly, shares: Shares, first: int, before: int) -> int:
+        """Play a stage from step `first` on; returns the steps done, fewer than all if a signal came."""
+        run, tracker, stage = self.run, self.tracker, assembly.stage
+        proof = self._proof(assembly, first)
+        update = Step(Context(assembly, proof), shares)
+        self._say_costs(assembly)
+        feed = shares.feed(first)
+        tracker.restart()
+        for step in range(first, stage.steps):
+            started = perf_counter()
+            batches = next(feed)
+            tracker.waited(perf_counter() - started)
+            update(step, batches)
+            done = step + 1
+            tracker.stepped()
+            if proof is not None and not proof.open(done):
+                self.proofs[stage.name] = proof.judge()
+                proof = update.context.proof = None
+            polls = done == stage.steps or done % run.log_every == 0
+            stops = self._stops(polls)
+            if polls or stops:
+                tracker.log(before + done, stage.name, self._read(assembly, update, shares))
+            if done == stage.steps or stops or (before + done) % run.checkpoint_every == 0:
+                self._check_finite(assembly, update, shares)
+                self.store.save(index, assembly, done, before + done, shares.block, final=index == len(self.stages) - 1)
+            if stops:
+                return done
+        if proof is not None:
+            tracker.say(
+                f"stage '{stage.name}' ended before proof of learning had seen {run.proof_window} updates a turn"
+            )
+        return stage.steps
+
+    def _proof(self, assembly: Assembly, first: int) -> Proof | None:
+        if not self.run.proof_window:
+            return None
+        method = assembly.method
+        return Proof(
+            assembly.turns,
+            assembly.players,
+            method.frozen,
+            method.product(),
+            assembly.ema,
+            self.run.proof_window,
+            first,
+        )
+
+    def _say_costs(self, assembly: Assembly) -> None:
+        ungated = [name for name, player in assembly.players.items() if not player.gated]
+        if ungated:
+            self.tracker.say(
+                f"the optimisers of {ungated} cannot skip an update on the device: one host sync per turn "
+                f"(adam, adamw, sgd and momentum can)"
+            )
+
+    def _stops(self, polls: bool) -> bool:
+        # Several processes must agree, and agreeing waits for all of them: only where they wait anyway.
+        if self.world.size == 1 or polls:
+            self.stopped = self.world.any(self.signals.received is not None)
+        return self.stopped
+
+    def _read(self, assembly: Assembly, update: Step, shares: Shares) -> dict[str, float]:
+        """Mean terms since the last reading: the one place where the host waits for the device."""
+        guard, played = update.context.guard, update.played
+        tensors = [value.reshape(()) for _, _, terms in played for value in terms.values()]
+        values = torch.stack([t.double() for t in [*tensors, guard.refused]])
+        if self.world.size > 1:
+            dist.all_reduce(values)
+            values /= self.world.size
+        *flat, refused = values.tolist()
+        self._check_finite(assembly, update, shares, refused)
+        sums: dict[str, list[float]] = {}
+        numbers = iter(flat)
+        for _, turn, terms in played:
+            for name in terms:
+                sums.setdefault(f"{turn}/{name}", []).append(next(numbers))
+        played.clear()
+        rates = {f"lr/{name}": player.optimizer.param_groups[0]["lr"] for name, player in assembly.players.items()}
+        return {name: sum(found) / len(found) for name, found in sums.items()} | rates
+
+    def _check_finite(self, assembly: Assembly, update: Step, shares: Shares, refused: float | None = None) -> None:
+        refused = update.context.guard.refused.item() if refused is None else refused
+        if refused:
+            self._fail(assembly, shares, update.played[-min(round(refused), len(update.played))])
+
+    def _fail(self, assembly: Assembly, shares: Shares, play: tuple[int, str, dict[str, torch.Tensor]]) -> None:
+        step, turn, terms = play
+        method, run = assembly.method, assembly.run
+        feed = shares.feed(step)
+        batches = next(feed)
+        assembly.release()
+        meta = {
+            "step": step,
+            "turn": turn,
+            "stage": assembly.stage.name,
+            "seed": run.seed,
+            "noise_block": shares.block,
+            "rows": shares.micro,
+            "micro_batches": len(batches),
+            "rank": self.world.rank,
+            "dtype": str(assembly.noise_dtype).removeprefix("torch."),
+        }
+        found = replay.examine(method, batches, meta)
+        found["not_finite"] = self.world.union(found["not_finite"])
+        folder = self.store.folder / "replay" / f"step_{step:09d}_rank_{self.world.rank}"
+        replay.write(folder, assembly.state, batches, meta | found)
+        seen = {name: value.item() for name, value in terms.items()}
+        causes = found["not_finite"] or "a term or gradient (not on replay)"
+        raise NonFinite(
+            f"step {step} of stage '{assembly.stage.name}', turn '{turn}': not finite: {causes}; terms {seen}. "
+            f"Nothing was updated from it; {folder} replays it. "
+            f"Lower the learning rate, clip gradients, or look at the inputs named here."
+        )
