@@ -1,0 +1,120 @@
+"""The console command. The verb is dispatched before anything heavy is imported."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = """usage: visiondistill <verb> [options]
+
+  demo [--output_dir DIR] [--seeds N]       a first distillation on real digits, in minutes on a CPU
+  train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
+  benchmark step                            the loop's cost against a hand-written one
+
+  visiondistill <verb> --help               what a verb takes
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 2 wrong input, 3 not finite, 128 + n on signal n)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbs: dict[str, Callable[[list[str]], int]] = {"demo": demo, "train": train, "benchmark": benchmark}
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] not in verbs:
+        print(f"visiondistill: unknown verb {words[0]!r}; there are {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    from visiondistill.recipes import RecipeError
+
+    try:
+        return verbs[words[0]](words[1:])
+    except RecipeError as error:
+        print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Errors of the engine carry their exit code; anything else is a defect and keeps its traceback.
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def train(words: list[str]) -> int:
+    """usage: visiondistill train --recipe NAME|FILE [--dotted.key value ...]
+
+    Runs a recipe. Every key of the recipe can be overridden: --run.output_dir runs/mine
+    --run.seed 1 --stages.student.steps 2000. The resolved recipe is saved as config.yaml in the
+    run folder; train --recipe that/file repeats the run, --run.resume auto continues it.
+    """
+    if _asks_help(words, train):
+        return 0
+    from visiondistill import recipes
+
+    changes = recipes.parse_overrides(words)
+    if "recipe" not in changes:
+        raise recipes.RecipeError("name a recipe: --recipe smoke/kd, or a YAML file")
+    config = recipes.override(recipes.load(changes.pop("recipe")), changes)
+    result = recipes.run(config)
+    print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
+    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+
+
+def demo(words: list[str]) -> int:
+    """usage: visiondistill demo [--output_dir DIR] [--seeds N]
+
+    Trains a teacher on real handwritten digits, then a small student without and with it, and
+    shows the difference: a table, and a plot in DIR (default runs/demo).
+    """
+    options = _options(words, demo, {"output_dir": "runs/demo", "seeds": 3})
+    if options is None:
+        return 0
+    from visiondistill.demo import run_demo
+
+    run_demo(Path(options["output_dir"]), seeds=range(options["seeds"]))
+    return 0
+
+
+def benchmark(words: list[str]) -> int:
+    """usage: visiondistill benchmark step [--repeats N]
+
+    Times the engine's loop against a hand-written loop that does the same work, interleaved, and
+    prints the ratios.
+    """
+    if words[:1] != ["step"]:
+        print(_help_of(benchmark))
+        return 0 if _asks_help(words, benchmark, show=False) else 2
+    options = _options(words[1:], benchmark, {"repeats": 7})
+    if options is None:
+        return 0
+    from visiondistill.benchmark import benchmark_step
+
+    benchmark_step(repeats=options["repeats"])
+    return 0
+
+
+def _options(words: list[str], verb: Callable, defaults: dict) -> dict | None:
+    from visiondistill.recipes import RecipeError, parse_overrides
+
+    if _asks_help(words, verb):
+        return None
+    given = parse_overrides(words)
+    for name, value in given.items():
+        if name not in defaults:
+            raise RecipeError(f"unknown option --{name}; there are --{', --'.join(defaults)}")
+        if type(value) is not type(defaults[name]):
+            raise RecipeError(f"--{name} {value!r}: expected a value like {defaults[name]!r}")
+    return defaults | given
+
+
+def _asks_help(words: list[str], verb: Callable, show: bool = True) -> bool:
+    asks = "-h" in words or "--help" in words
+    if asks and show:
+        print(_help_of(verb))
+    return asks
+
+
+def _help_of(verb: Callable) -> str:
+    return "\n".join(line.removeprefix("    ") for line in (verb.__doc__ or "").rstrip().splitlines())
