@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
+
+COMMANDS = "visiondistill.commands"
+"""Entry-point group by which other packages add commands."""
 
 USAGE = """usage: visiondistill <verb> [options]
 
   demo [--output_dir DIR] [--seeds N]       a first distillation on real digits, in minutes on a CPU
+  demo ring [--output_dir DIR] [--seed N]   a one-step generator distilled from a many-step teacher
   train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
   benchmark step                            the loop's cost against a hand-written one
 
@@ -24,13 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    if words[0] not in verbs:
+    foreign = _foreign(words)
+    if foreign is None and words[0] not in verbs:
         print(f"visiondistill: unknown verb {words[0]!r}; there are {', '.join(verbs)}", file=sys.stderr)
         return 2
-    from visiondistill.recipes import RecipeError
+    from visiondistill.schema import RecipeError
 
     try:
-        return verbs[words[0]](words[1:])
+        return foreign(words[2:]) if foreign is not None else verbs[words[0]](words[1:])
     except RecipeError as error:
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
         return 2
@@ -40,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _foreign(words: list[str]) -> Callable[[list[str]], int] | None:
+    """The command "verb topic" that another package adds, as its entry point "verb.topic"."""
+    if len(words) < 2 or words[1].startswith("-"):
+        return None
+    found = entry_points(group=COMMANDS, name=f"{words[0]}.{words[1]}")
+    return next(iter(found)).load() if found else None
 
 
 def train(words: list[str]) -> int:
@@ -68,7 +82,7 @@ def demo(words: list[str]) -> int:
     Trains a teacher on real handwritten digits, then a small student without and with it, and
     shows the difference: a table, and a plot in DIR (default runs/demo).
     """
-    options = _options(words, demo, {"output_dir": "runs/demo", "seeds": 3})
+    options = options_of(words, demo, {"output_dir": "runs/demo", "seeds": 3})
     if options is None:
         return 0
     from visiondistill.demo import run_demo
@@ -86,7 +100,7 @@ def benchmark(words: list[str]) -> int:
     if words[:1] != ["step"]:
         print(_help_of(benchmark))
         return 0 if _asks_help(words, benchmark, show=False) else 2
-    options = _options(words[1:], benchmark, {"repeats": 7})
+    options = options_of(words[1:], benchmark, {"repeats": 7})
     if options is None:
         return 0
     from visiondistill.benchmark import benchmark_step
@@ -95,7 +109,8 @@ def benchmark(words: list[str]) -> int:
     return 0
 
 
-def _options(words: list[str], verb: Callable, defaults: dict) -> dict | None:
+def options_of(words: list[str], verb: Callable, defaults: dict) -> dict | None:
+    """`--name value` words over `defaults`, of the same types; None where help was asked for and given."""
     from visiondistill.recipes import RecipeError, parse_overrides
 
     if _asks_help(words, verb):

@@ -1,38 +1,45 @@
 """Recipes: YAML with class paths and constructor arguments, turned into stages and a run.
 
-    stages:
-      student:                                  # one entry per stage, in order
-        steps: 600
-        method:
-          class_path: visiondistill.Distiller   # its signature is the schema
-          init_args: {...}
-        optim:
-          student: {name: adamw, lr: 2.0e-3}
+One stage, with the parts that people change on top:
+
+    base: kd                                    # another recipe, merged deeply before anything else
+    data:    {class_path: visiondistill.data.ImageFolder, init_args: {root: photos}}
+    student: {class_path: visiondistill.models.Timm, init_args: {name: resnet18}}
+    teacher: {class_path: visiondistill.models.Timm, init_args: {name: resnet50, pretrained: true}}
+    method:  {class_path: visiondistill.Distiller, init_args: {terms: {...}}}
+    steps: 10000
+    optim: {student: {name: adamw, lr: 1.0e-3}}
     run: {output_dir: runs/kd, batch_size: 64}
 
-From the second stage on, the method's first constructor argument may be left out: it is what the
-previous stage handed over.
+Several stages stand under `stages`, by name, each with steps, method and optim. Method arguments
+called student, teacher and streams are filled from the top where the method leaves them out; from
+the second stage on, so is its first argument, with what the previous stage handed over.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from visiondistill import schema
+from visiondistill.schema import RecipeError
+
 if TYPE_CHECKING:
+    from torch import nn
+
+    from visiondistill.data import Source
     from visiondistill.engine import Result, Run, Stage
 
 Config = dict[str, Any]
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read or does not fit the signatures that it names."""
+TOP = ("data", "student", "teacher", "method", "steps", "optim", "stages", "workers", "run")
+STAGE = ("steps", "method", "optim")
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,30 +68,59 @@ def folder() -> Path:
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
+def names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
+
+
 def load(recipe: str | Path) -> Config:
-    """Read a recipe by file, or by the name that it has in `configs/` ("smoke/kd").
+    """Read a recipe by file, or by the name that it has in `configs/` ("smoke/kd"), bases merged in.
 
     Raises:
-        RecipeError: no such recipe, or not a YAML mapping.
+        RecipeError: no such recipe, not a YAML mapping, or a base that leads back to itself.
     """
+    return _load(recipe, ())
+
+
+def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
     path = Path(recipe)
     if not path.is_file():
         path = folder() / f"{recipe}.yaml"
     if not path.is_file():
-        known = sorted(str(p.relative_to(folder()).with_suffix("")) for p in folder().rglob("*.yaml"))
-        raise RecipeError(f"no recipe {str(recipe)!r}: name a YAML file or one of {', '.join(known)}")
+        close = schema.nearest(str(recipe), names())
+        raise RecipeError(f"no recipe {str(recipe)!r}{close}: name a YAML file or one of {', '.join(names())}")
+    path = path.resolve()
+    if path in seen:
+        raise RecipeError(f"{path}: its `base` leads back to itself")
     try:
         with path.open() as file:
             config = yaml.load(file, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(config, dict):
-        raise RecipeError(f"{path} must be a mapping with `stages` and `run`")
-    return config
+        raise RecipeError(f"{path} must be a mapping of {', '.join(TOP)}")
+    base = config.pop("base", None)
+    return config if base is None else merge(_load(base, (*seen, path)), config)
+
+
+def merge(base: Config, changes: Config) -> Config:
+    """`changes` over `base`, deeply; a class with another path replaces the node, null removes an entry."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, dict) and isinstance(old, dict) and _same_class(old, value):
+            merged[name] = merge(old, value)
+        else:
+            merged[name] = value
+    return merged
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted keys replaced: `{"stages.student.steps": 10}`.
+    """A copy of `config` with dotted keys replaced: `{"student.name": "resnet18", "run.seed": 1}`.
+
+    Below a class, a key other than class_path and init_args is one of its arguments.
 
     Raises:
         RecipeError: a key passes through something that is not a mapping.
@@ -94,9 +130,12 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         *outer, name = path.split(".")
         place = new
         for depth, part in enumerate(outer):
-            place = place.setdefault(part, {})
+            place = _inside(place, part).setdefault(part, {})
             if not isinstance(place, dict):
                 raise RecipeError(f"{path}: '{'.'.join(outer[: depth + 1])}' is a value, it has no '{name}'")
+        place = _inside(place, name)
+        if name == "class_path" and place.get(name) != value:
+            place.pop("init_args", None)
         place[name] = value
     return new
 
@@ -105,82 +144,191 @@ def parse_overrides(words: Sequence[str]) -> Config:
     """`["--run.seed", "3", "--run.compile=true"]` as `{"run.seed": 3, "run.compile": True}`.
 
     Raises:
-        RecipeError: a word that is not `--key`, or a key without a value.
+        RecipeError: a word that is not `--key`, a key without a value, or a value that is not YAML.
     """
     changes: Config = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        if not word.startswith("--") or len(word) == 2:
             raise RecipeError(f"{word!r} is not an option: write --key value, for example --run.seed 1")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest:
                 raise RecipeError(f"{word} needs a value")
             value = rest.pop(0)
-        changes[key] = yaml.load(value, _Loader)
+        try:
+            changes[key] = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--{key}: {value!r} is not readable: {error}") from error
     return changes
 
 
-def build(config: Config) -> tuple[list[Stage], Run]:
-    """Stages and run of a config; every key is checked against a signature.
+@dataclass
+class Plan:
+    """A recipe that was built.
+
+    Attributes:
+        stages, run: for `engine.train`.
+        source: the data that the top of the recipe names; None where methods bring their own.
+        student, teacher: the networks that it names.
+    """
+
+    stages: list[Stage]
+    run: Run
+    source: Source | None = None
+    student: nn.Module | None = None
+    teacher: nn.Module | None = None
+
+
+def check(config: Config) -> None:
+    """Check every key and value against the signatures, without building or reading anything large.
 
     Raises:
-        RecipeError: unknown or missing keys, wrong types or values, with the key named.
+        RecipeError: unknown, missing or unfitting keys and values, with the key's whole path.
     """
+    from torch import nn
+
+    from visiondistill.engine import Method, Optim, Run
+
+    unknown = [key for key in config if key not in TOP]
+    if unknown:
+        raise RecipeError(f"{unknown[0]}: no such key{schema.nearest(unknown[0], TOP)}; there are {', '.join(TOP)}")
+    if "stages" in config and {"method", "steps", "optim"} & set(config):
+        raise RecipeError("stages: give either `stages`, or method, steps and optim for a single one")
+    schema.check(_mapping(config, "run"), Run, "run")
+    for name, later in (("data", ()), ("student", ("num_classes",)), ("teacher", ())):
+        if name in config:
+            _require_class(config[name], name)
+            schema.check(config[name], Any if name == "data" else nn.Module, name, later)
+    schema.check(config.get("workers", 0), int, "workers")
+    for index, (_, where, node) in enumerate(_stages(config)):
+        extra = [key for key in node if key not in STAGE]
+        if extra:
+            raise RecipeError(f"{where}{extra[0]}: no such key{schema.nearest(extra[0], STAGE)}; {', '.join(STAGE)}")
+        _require_class(node.get("method"), f"{where}method")
+        _require_steps(node.get("steps"), f"{where}steps")
+        target = schema.resolve(node["method"]["class_path"], f"{where}method.class_path")
+        later = [*_filled(config, target, node["method"]), *_handed_over(index, target, node["method"])]
+        schema.check(node["method"], Method, f"{where}method", later)
+        schema.check(node.get("optim", {}), dict[str, Optim], f"{where}optim")
+
+
+def plan(config: Config) -> Plan:
+    """Build what a config says: data first, then networks, then methods.
+
+    Raises:
+        RecipeError: see `check`; also when a constructor refuses its arguments.
+    """
+    from torch import nn
+
     from visiondistill.engine import Method, Optim, Run, Stage
 
-    unknown = sorted(set(config) - {"stages", "run"})
-    if unknown:
-        raise RecipeError(f"unknown top-level keys {unknown}; a recipe has `stages` and `run`")
-    stages = []
-    for index, (name, node) in enumerate(_mapping(config, "stages").items()):
-        node = _mapping(config["stages"], name)
-        extra = sorted(set(node) - {"steps", "method", "optim"})
-        if extra:
-            raise RecipeError(f"stages.{name}: unknown keys {extra}; a stage has steps, method and optim")
-        kind = Callable[[Any], Method] if index and _is_handed_over(node.get("method")) else Method
-        schema = {"method": kind, "steps": int, "optim": dict[str, Optim]}
-        stages.append(Stage(name=name, **_instantiate({"optim": {}} | node, schema, f"stages.{name}")))
-    return stages, _instantiate({"run": _mapping(config, "run")}, {"run": Run}, "")["run"]
+    check(config)
+    run = schema.build(config["run"], Run, "run")
+    built = Plan([], run)
+    streams = None
+    if "data" in config:
+        built.source = schema.build(config["data"], Any, "data")
+        streams = {"train": built.source.stream(run.batch_size, config.get("workers", 0))}
+    for name in ("student", "teacher"):
+        if name in config:
+            given = _fitted(config[name], built.source) if name == "student" else {}
+            setattr(built, name, schema.build(config[name], nn.Module, name, given))
+    shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
+    for index, (name, where, node) in enumerate(_stages(config)):
+        target = schema.resolve(node["method"]["class_path"], f"{where}method")
+        given = {key: shared[key] for key in _filled(config, target, node["method"])}
+        make = partial(_make, node["method"], f"{where}method", given, _handed_over(index, target, node["method"]))
+        optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
+        method: Method | Callable = make if index else make(None)
+        built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
+    return built
+
+
+def build(config: Config) -> tuple[list[Stage], Run]:
+    """Stages and run of a config; see `plan`."""
+    built = plan(config)
+    return built.stages, built.run
 
 
 def run(config: Config) -> Result:
-    """Build and train a config; keeps the resolved config as `config.yaml` in the run folder."""
+    """Build and train a config; keeps it as `config.yaml` in the run folder."""
     from visiondistill.engine import train
 
     stages, settings = build(config)
-    return train(stages, settings, config=yaml.safe_dump(config, sort_keys=False))
+    return train(stages, settings, config=dump(config))
 
 
-def _instantiate(values: Config, schema: Mapping[str, Any], where: str) -> Config:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    for name, kind in schema.items():
-        parser.add_argument(f"--{name}", type=kind, required=True)
-    try:
-        return vars(parser.instantiate(parser.parse_object(values)))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}" if where else str(error)) from error
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back."""
+    return yaml.safe_dump(config, sort_keys=False)
 
 
-def _is_handed_over(method: Any) -> bool:
-    if not isinstance(method, dict) or not isinstance(method.get("class_path"), str):
-        return False
-    module, _, name = method["class_path"].rpartition(".")
-    try:
-        parameters = inspect.signature(getattr(import_module(module), name)).parameters
-    except (ImportError, AttributeError, ValueError):
-        return False  # jsonargparse says better what is wrong with the path
-    return next(iter(parameters), None) not in (method.get("init_args") or {})
+def _make(node: Config, where: str, given: Mapping[str, Any], first: Sequence[str], handover: Any) -> Any:
+    from visiondistill.engine import Method
+
+    return schema.build(node, Method, where, {**given, **dict.fromkeys(first, handover)})
+
+
+def _stages(config: Config) -> list[tuple[str, str, Config]]:
+    """(name, path prefix, node) of every stage."""
+    if "stages" not in config:
+        return [("main", "", {key: config[key] for key in STAGE if key in config})]
+    return [(name, f"stages.{name}.", _mapping(config["stages"], name)) for name in _mapping(config, "stages")]
+
+
+def _filled(config: Config, target: Callable, node: Config) -> list[str]:
+    """Arguments of a stage's method that the top of the recipe gives."""
+    top = {"student": "student", "teacher": "teacher", "streams": "data"}
+    own = node.get("init_args") or {}
+    takes = schema.parameters_of(target)
+    return [name for name, key in top.items() if key in config and name in takes and name not in own]
+
+
+def _handed_over(index: int, target: Callable, node: Config) -> list[str]:
+    first = next(iter(schema.parameters_of(target)), None)
+    return [first] if index and first is not None and first not in (node.get("init_args") or {}) else []
+
+
+def _fitted(node: Config, source: Source | None) -> Config:
+    """What the data decide about a student: its classes and, trained from scratch, its image size."""
+    if source is None:
+        return {}
+    own = node.get("init_args") or {}
+    takes = schema.parameters_of(schema.resolve(node["class_path"], "student"))
+    fitted = {"num_classes": len(source.classes)}
+    if source.input_size is not None and not own.get("pretrained", False):
+        fitted["input_size"] = source.input_size
+    return {name: value for name, value in fitted.items() if name in takes and name not in own}
+
+
+def _require_class(node: Any, where: str) -> None:
+    if not schema.is_class(node):
+        raise RecipeError(f"{where}: expected class_path and init_args, got {node!r}")
+
+
+def _require_steps(steps: Any, where: str) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise RecipeError(f"{where}: expected a whole number of steps >= 1, got {steps!r}")
 
 
 def _mapping(config: Config, name: str) -> Config:
     node = config.get(name)
     if not isinstance(node, dict) or not node:
-        raise RecipeError(f"`{name}` is missing or not a mapping")
+        raise RecipeError(f"{name}: missing, or not a mapping")
     return node
+
+
+def _same_class(old: Config, new: Config) -> bool:
+    return "class_path" not in new or new["class_path"] == old.get("class_path")
+
+
+def _inside(place: Config, name: str) -> Config:
+    """Where a dotted key goes on: a class's own arguments need not be spelled `init_args`."""
+    if schema.is_class(place) and name not in ("class_path", "init_args"):
+        return place.setdefault("init_args", {})
+    return place
 
 
 def _copy(node: Any) -> Any:
