@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visiondistill.cli import options_of
+from visiondistill.options import options_of
 
 
 def demo_ring(words: list[str]) -> int:

@@ -16,7 +16,7 @@ RECIPES = sorted(str(p.relative_to(recipes.folder()).with_suffix("")) for p in r
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_from_its_own_dump(name: str) -> None:
     config = recipes.load(name)
-    again = yaml.safe_load(yaml.safe_dump(config))
+    again = yaml.safe_load(recipes.dump(config))
     stages, run = recipes.build(again)
     assert [stage.name for stage in stages] == list(config["stages"])
     assert run.batch_size == config["run"]["batch_size"]

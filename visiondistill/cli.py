@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from visiondistill.options import asks_help, help_of, options_of
+
 COMMANDS = "visiondistill.commands"
 """Entry-point group by which other packages add commands."""
 
@@ -63,7 +65,7 @@ def train(words: list[str]) -> int:
     --run.seed 1 --stages.student.steps 2000. The resolved recipe is saved as config.yaml in the
     run folder; train --recipe that/file repeats the run, --run.resume auto continues it.
     """
-    if _asks_help(words, train):
+    if asks_help(words, train):
         return 0
     from visiondistill import recipes
 
@@ -71,8 +73,12 @@ def train(words: list[str]) -> int:
     if "recipe" not in changes:
         raise recipes.RecipeError("name a recipe: --recipe smoke/kd, or a YAML file")
     config = recipes.override(recipes.load(changes.pop("recipe")), changes)
+    recipes.check(config)
+    from visiondistill.engine.across import process_index
+
     result = recipes.run(config)
-    print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
+    if process_index() == 0:
+        print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
 
 
@@ -98,8 +104,8 @@ def benchmark(words: list[str]) -> int:
     prints the ratios.
     """
     if words[:1] != ["step"]:
-        print(_help_of(benchmark))
-        return 0 if _asks_help(words, benchmark, show=False) else 2
+        print(help_of(benchmark))
+        return 0 if asks_help(words, benchmark, show=False) else 2
     options = options_of(words[1:], benchmark, {"repeats": 7})
     if options is None:
         return 0
@@ -107,29 +113,3 @@ def benchmark(words: list[str]) -> int:
 
     benchmark_step(repeats=options["repeats"])
     return 0
-
-
-def options_of(words: list[str], verb: Callable, defaults: dict) -> dict | None:
-    """`--name value` words over `defaults`, of the same types; None where help was asked for and given."""
-    from visiondistill.recipes import RecipeError, parse_overrides
-
-    if _asks_help(words, verb):
-        return None
-    given = parse_overrides(words)
-    for name, value in given.items():
-        if name not in defaults:
-            raise RecipeError(f"unknown option --{name}; there are --{', --'.join(defaults)}")
-        if type(value) is not type(defaults[name]):
-            raise RecipeError(f"--{name} {value!r}: expected a value like {defaults[name]!r}")
-    return defaults | given
-
-
-def _asks_help(words: list[str], verb: Callable, show: bool = True) -> bool:
-    asks = "-h" in words or "--help" in words
-    if asks and show:
-        print(_help_of(verb))
-    return asks
-
-
-def _help_of(verb: Callable) -> str:
-    return "\n".join(line.removeprefix("    ") for line in (verb.__doc__ or "").rstrip().splitlines())

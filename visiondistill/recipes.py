@@ -209,7 +209,7 @@ def check(config: Config) -> None:
         _require_class(node.get("method"), f"{where}method")
         _require_steps(node.get("steps"), f"{where}steps")
         target = schema.resolve(node["method"]["class_path"], f"{where}method.class_path")
-        later = [*_filled(config, target, node["method"]), *_handed_over(index, target, node["method"])]
+        later = [*_filled(config, target, node["method"]), *_handed_over(index, config, target, node["method"])]
         schema.check(node["method"], Method, f"{where}method", later)
         schema.check(node.get("optim", {}), dict[str, Optim], f"{where}optim")
 
@@ -239,7 +239,8 @@ def plan(config: Config) -> Plan:
     for index, (name, where, node) in enumerate(_stages(config)):
         target = schema.resolve(node["method"]["class_path"], f"{where}method")
         given = {key: shared[key] for key in _filled(config, target, node["method"])}
-        make = partial(_make, node["method"], f"{where}method", given, _handed_over(index, target, node["method"]))
+        handed_over = _handed_over(index, config, target, node["method"])
+        make = partial(_make, node["method"], f"{where}method", given, handed_over)
         optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
         method: Method | Callable = make if index else make(None)
         built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
@@ -286,9 +287,10 @@ def _filled(config: Config, target: Callable, node: Config) -> list[str]:
     return [name for name, key in top.items() if key in config and name in takes and name not in own]
 
 
-def _handed_over(index: int, target: Callable, node: Config) -> list[str]:
+def _handed_over(index: int, config: Config, target: Callable, node: Config) -> list[str]:
     first = next(iter(schema.parameters_of(target)), None)
-    return [first] if index and first is not None and first not in (node.get("init_args") or {}) else []
+    given = {*(node.get("init_args") or {}), *_filled(config, target, node)}
+    return [first] if index and first is not None and first not in given else []
 
 
 def _fitted(node: Config, source: Source | None) -> Config:

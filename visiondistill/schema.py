@@ -160,7 +160,14 @@ def dataclass_of(kind: Any) -> type | None:
 
 
 def _check_kind(target: Any, kind: Any, where: str) -> None:
-    classes = [option for option in _options(kind) if inspect.isclass(option) and option is not type(None)]
+    # Protocols are matched by what they do, not by descent: the constructor that gets the object judges it.
+    classes = [
+        option
+        for option in _options(kind)
+        if inspect.isclass(option)
+        and option not in (Any, type(None))
+        and not getattr(option, "_is_protocol", False)
+    ]
     if inspect.isclass(target) and classes and not issubclass(target, tuple(classes)):
         wanted = " or ".join(option.__name__ for option in classes)
         raise RecipeError(f"{where}.class_path: {target.__name__} is not a {wanted}")

@@ -1,0 +1,46 @@
+"""What the axes of the `Distiller` have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from visiondistill.engine.method import Batch, Carry, Stream, Turn
+from visiondistill.engine.rng import Draw
+
+
+class Part(nn.Module):
+    """One choice on an axis: a term, a weighting, heads, an augmentor, a source of targets.
+
+    A part may bring networks, streams, turns and state of its own; the `Distiller` puts those of
+    all parts together under the part's name: player `p` of part `hint` is the method's player
+    `hint_p` (the player "" is `hint`), its buffer `b` the state `parts.hint.b`, its carry entry
+    `c` the carry `hint.c`.
+    Buffers registered here are state: saved with the run, not exported.
+
+    Attributes:
+        players: networks to train. Those that none of the part's own turns moves train in the student's turn.
+        frozen: networks to read only.
+        streams: data of its own, under its own names ("val").
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Plain dicts, so that a network is registered once: among the method's players.
+        self.players: dict[str, nn.Module] = {}
+        self.frozen: dict[str, nn.Module] = {}
+        self.streams: dict[str, Stream] = {}
+
+    def turns(self) -> tuple[Turn, ...]:
+        """Turns of its own, which follow the student's; `moves` names players as the part knows them, or "student"."""
+        return ()
+
+    def setup(self, streams: dict[str, Stream]) -> None:
+        """`Method.setup`: fill buffers with what the training data alone decide."""
+
+    def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
+        """`Method.prepare`, for what this part reads."""
+        return batch
+
+    def after(self, turn: str, carry: Carry) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """`Method.after`, with the part's own carry and state names."""
+        return {}
