@@ -59,24 +59,31 @@ def _foreign(words: list[str]) -> Callable[[list[str]], int] | None:
 
 
 def train(words: list[str]) -> int:
-    """usage: visiondistill train --recipe NAME|FILE [--dotted.key value ...]
+    """usage: visiondistill train --recipe NAME|FILE [--dry-run] [--dotted.key value ...]
 
     Runs a recipe. Every key of the recipe can be overridden: --run.output_dir runs/mine
     --run.seed 1 --stages.student.steps 2000. The resolved recipe is saved as config.yaml in the
     run folder; train --recipe that/file repeats the run, --run.resume auto continues it.
+    --dry-run stops after the preflight, which says what would be trained on what, at which cost.
     """
     if asks_help(words, train):
         return 0
     from visiondistill import recipes
 
+    words = [f"{word}=true" if word == "--dry-run" else word for word in words]
     changes = recipes.parse_overrides(words)
     if "recipe" not in changes:
         raise recipes.RecipeError("name a recipe: --recipe smoke/kd, or a YAML file")
+    dry_run = bool(changes.pop("dry-run", False))
     config = recipes.override(recipes.load(changes.pop("recipe")), changes)
     recipes.check(config)
     from visiondistill.engine.across import process_index
+    from visiondistill.workbench import run
 
-    result = recipes.run(config)
+    outcome = run(config, dry_run)
+    if outcome is None:
+        return 0
+    result = outcome.result
     if process_index() == 0:
         print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]

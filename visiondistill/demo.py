@@ -108,9 +108,7 @@ def run_demo(output_dir: str | Path, seeds: Sequence[int] = range(3)) -> list[Ro
     return rows
 
 
-def _trained(
-    stage: int, folder: Path, changes: dict[str, Any], seed: int, teacher: nn.Module | None = None
-) -> Trained:
+def _trained(stage: int, folder: Path, changes: dict[str, Any], seed: int, teacher: nn.Module | None = None) -> Trained:
     """One stage of the recipe as a run of its own, so that all arms share one teacher."""
     import torch
 
@@ -152,7 +150,9 @@ def _show(rows: Sequence[Row], console: Console) -> None:
     from rich.table import Table
 
     seeds = len(rows[1].accuracy)
-    table = Table(title=f"Test accuracy on 500 digits, {seeds} seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"Test accuracy on 500 digits, {seeds} seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for name in ("network", "taught by", "training images", "params", "accuracy %", "img/s"):
         table.add_column(name, justify="left" if name in ("network", "taught by", "training images") else "right")
     for number, row in enumerate(rows):
@@ -242,7 +242,10 @@ def _plot_digits(figure: Any, misread: Sequence[tuple[Tensor, int, int, int]]) -
     figure.suptitle(
         f"The first {len(misread)} test digits that two students read differently:\n"
         "taught by 50 labels (red), and by KD on all images (blue)",
-        color=INK, fontsize=11, x=0.04, ha="left",
+        color=INK,
+        fontsize=11,
+        x=0.04,
+        ha="left",
     )
     grid = figure.subplots(3, 4, squeeze=False)
     for axes in grid.flat:
@@ -252,6 +255,13 @@ def _plot_digits(figure: Any, misread: Sequence[tuple[Tensor, int, int, int]]) -
         for place, answer, colour in ((0.28, before, LOW), (0.72, after, HIGH)):
             mark = "✓" if answer == label else "✗"
             axes.text(
-                place, -0.06, f"{answer} {mark}", transform=axes.transAxes, color=colour, ha="center", va="top",
-                fontsize=10, weight="bold" if answer == label else "normal",
+                place,
+                -0.06,
+                f"{answer} {mark}",
+                transform=axes.transAxes,
+                color=colour,
+                ha="center",
+                va="top",
+                fontsize=10,
+                weight="bold" if answer == label else "normal",
             )

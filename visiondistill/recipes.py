@@ -19,7 +19,7 @@ the second stage on, so is its first argument, with what the previous stage hand
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,8 +181,12 @@ class Plan:
     teacher: nn.Module | None = None
 
 
-def check(config: Config) -> None:
+def check(config: Config, given: Collection[str] = ()) -> None:
     """Check every key and value against the signatures, without building or reading anything large.
+
+    Args:
+        config: see the module.
+        given: names of the top (data, student, teacher) that `plan` gets as objects.
 
     Raises:
         RecipeError: unknown, missing or unfitting keys and values, with the key's whole path.
@@ -198,10 +202,11 @@ def check(config: Config) -> None:
         raise RecipeError("stages: give either `stages`, or method, steps and optim for a single one")
     schema.check(_mapping(config, "run"), Run, "run")
     for name, later in (("data", ()), ("student", ("num_classes",)), ("teacher", ())):
-        if name in config:
+        if name in config and name not in given:
             _require_class(config[name], name)
             schema.check(config[name], Any if name == "data" else nn.Module, name, later)
     schema.check(config.get("workers", 0), int, "workers")
+    top = {*config, *given}
     for index, (_, where, node) in enumerate(_stages(config)):
         extra = [key for key in node if key not in STAGE]
         if extra:
@@ -209,13 +214,17 @@ def check(config: Config) -> None:
         _require_class(node.get("method"), f"{where}method")
         _require_steps(node.get("steps"), f"{where}steps")
         target = schema.resolve(node["method"]["class_path"], f"{where}method.class_path")
-        later = [*_filled(config, target, node["method"]), *_handed_over(index, config, target, node["method"])]
+        later = [*_filled(top, target, node["method"]), *_handed_over(index, top, target, node["method"])]
         schema.check(node["method"], Method, f"{where}method", later)
         schema.check(node.get("optim", {}), dict[str, Optim], f"{where}optim")
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
     """Build what a config says: data first, then networks, then methods.
+
+    Args:
+        config: see the module.
+        given: a `Source` as "data", networks as "student" and "teacher", in place of those of the config.
 
     Raises:
         RecipeError: see `check`; also when a constructor refuses its arguments.
@@ -224,23 +233,27 @@ def plan(config: Config) -> Plan:
 
     from visiondistill.engine import Method, Optim, Run, Stage
 
-    check(config)
+    given = dict(given or {})
+    check(config, given)
+    top = {*config, *given}
     run = schema.build(config["run"], Run, "run")
-    built = Plan([], run)
-    streams = None
-    if "data" in config:
+    built = Plan([], run, given.get("data"), given.get("student"), given.get("teacher"))
+    if "data" in config and built.source is None:
         built.source = schema.build(config["data"], Any, "data")
+    streams = None
+    if built.source is not None:
         streams = {"train": built.source.stream(run.batch_size, config.get("workers", 0))}
-    for name in ("student", "teacher"):
-        if name in config:
-            given = _fitted(config[name], built.source) if name == "student" else {}
-            setattr(built, name, schema.build(config[name], nn.Module, name, given))
+    if "student" in config and built.student is None:
+        fitted = _fitted(config["student"], built.source)
+        built.student = schema.build(config["student"], nn.Module, "student", fitted)
+    if "teacher" in config and built.teacher is None:
+        built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
     shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
     for index, (name, where, node) in enumerate(_stages(config)):
         target = schema.resolve(node["method"]["class_path"], f"{where}method")
-        given = {key: shared[key] for key in _filled(config, target, node["method"])}
-        handed_over = _handed_over(index, config, target, node["method"])
-        make = partial(_make, node["method"], f"{where}method", given, handed_over)
+        filled = {key: shared[key] for key in _filled(top, target, node["method"])}
+        handed_over = _handed_over(index, top, target, node["method"])
+        make = partial(_make, node["method"], f"{where}method", filled, handed_over)
         optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
         method: Method | Callable = make if index else make(None)
         built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
@@ -254,7 +267,7 @@ def build(config: Config) -> tuple[list[Stage], Run]:
 
 
 def run(config: Config) -> Result:
-    """Build and train a config; keeps it as `config.yaml` in the run folder."""
+    """Build and train a config, no more; `workbench.run` also measures and exports what data allow."""
     from visiondistill.engine import train
 
     stages, settings = build(config)
@@ -279,17 +292,17 @@ def _stages(config: Config) -> list[tuple[str, str, Config]]:
     return [(name, f"stages.{name}.", _mapping(config["stages"], name)) for name in _mapping(config, "stages")]
 
 
-def _filled(config: Config, target: Callable, node: Config) -> list[str]:
+def _filled(top: Collection[str], target: Callable, node: Config) -> list[str]:
     """Arguments of a stage's method that the top of the recipe gives."""
-    top = {"student": "student", "teacher": "teacher", "streams": "data"}
+    sources = {"student": "student", "teacher": "teacher", "streams": "data"}
     own = node.get("init_args") or {}
     takes = schema.parameters_of(target)
-    return [name for name, key in top.items() if key in config and name in takes and name not in own]
+    return [name for name, key in sources.items() if key in top and name in takes and name not in own]
 
 
-def _handed_over(index: int, config: Config, target: Callable, node: Config) -> list[str]:
+def _handed_over(index: int, top: Collection[str], target: Callable, node: Config) -> list[str]:
     first = next(iter(schema.parameters_of(target)), None)
-    given = {*(node.get("init_args") or {}), *_filled(config, target, node)}
+    given = {*(node.get("init_args") or {}), *_filled(top, target, node)}
     return [first] if index and first is not None and first not in given else []
 
 

@@ -164,9 +164,7 @@ def _check_kind(target: Any, kind: Any, where: str) -> None:
     classes = [
         option
         for option in _options(kind)
-        if inspect.isclass(option)
-        and option not in (Any, type(None))
-        and not getattr(option, "_is_protocol", False)
+        if inspect.isclass(option) and option not in (Any, type(None)) and not getattr(option, "_is_protocol", False)
     ]
     if inspect.isclass(target) and classes and not issubclass(target, tuple(classes)):
         wanted = " or ".join(option.__name__ for option in classes)

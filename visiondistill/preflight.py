@@ -1,0 +1,264 @@
+"""What is checked and said before the first step, because most failures are silent after it.
+
+The teacher's accuracy is measured, not believed; classes, files, weights, batch, cost and disk are
+printed; the export is rehearsed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from visiondistill.engine.across import process_count
+from visiondistill.engine.errors import SettingsError
+
+if TYPE_CHECKING:
+    from visiondistill.data import Account
+    from visiondistill.recipes import Plan
+
+TEACHER_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What a network is: parameters, multiply-adds counted twice, and where its weights came from."""
+
+    name: str
+    parameters: int
+    flops: int | None
+    input_size: tuple[int, int, int] | None
+    num_classes: int | None
+    weights: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The facts of a run.
+
+    Attributes:
+        data: account of the source.
+        student, teacher: facts of the networks that the recipe's top names.
+        teacher_accuracy: measured on validation images, in [0, 1]; None without a teacher.
+        teacher_images: how many images that was.
+        steps: by stage.
+        epochs: passes over the training images, of all stages together.
+        batch: processes x micro-batches x rows, as text.
+        ideal_step_cost: 1 + F_t / (3 F_s): a step with the teacher over one without.
+        memory: bytes of weights, gradients, optimiser state and average (activations not counted).
+        checkpoint: bytes of one checkpoint, and `disk`, the bytes that are free.
+    """
+
+    data: Account | None
+    student: NetworkFacts | None
+    teacher: NetworkFacts | None
+    teacher_accuracy: float | None
+    teacher_images: int
+    steps: dict[str, int]
+    epochs: float | None
+    batch: str
+    ideal_step_cost: float | None
+    memory: int
+    checkpoint: int
+    disk: int
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people, one fact a line."""
+        lines = [] if self.data is None else self.data.lines()
+        for role, facts in (("student", self.student), ("teacher", self.teacher)):
+            if facts is not None:
+                lines.append(_network_line(role, facts))
+        if self.teacher_accuracy is not None:
+            lines.append(f"teacher measured: {self.teacher_accuracy:.1%} of {self.teacher_images} validation images")
+        steps = " + ".join(f"{count} ({name})" for name, count in self.steps.items())
+        lines.append(f"steps: {steps}" + (f", {self.epochs:.1f} epochs" if self.epochs is not None else ""))
+        lines.append(f"batch: {self.batch}")
+        if self.ideal_step_cost is not None:
+            lines.append(f"ideal step cost: {self.ideal_step_cost:.2f} x a step without the teacher")
+        lines.append(
+            f"memory without activations: {_bytes(self.memory)}; a checkpoint takes {_bytes(self.checkpoint)}, "
+            f"{_bytes(self.disk)} are free"
+        )
+        return [*lines, *self.notes]
+
+
+def preflight(plan: Plan, rehearse: bool = True) -> Preflight:
+    """Gather the facts of a plan, and refuse what cannot go well.
+
+    Args:
+        plan: of `recipes.plan`.
+        rehearse: try the export of the student, too.
+
+    Raises:
+        SettingsError: classes that do not agree, a teacher near chance, a student that cannot be
+            exported, or no room for the checkpoints.
+    """
+    size = None if plan.source is None else plan.source.input_size
+    student, teacher = _facts(plan.student, size), _facts(plan.teacher, size)
+    _check_classes(plan)
+    accuracy, images = _measure_teacher(plan)
+    memory, checkpoint = _sizes(plan)
+    disk = shutil.disk_usage(_existing(Path(plan.run.output_dir))).free
+    if disk < checkpoint * (plan.run.keep + 1):
+        raise SettingsError(
+            f"run.output_dir: {plan.run.keep + 1} checkpoints of {_bytes(checkpoint)} do not fit into {_bytes(disk)}; "
+            f"free some space or lower run.keep"
+        )
+    if rehearse and plan.source is not None and plan.student is not None and process_count() == 1:
+        _rehearse(plan)
+    steps = {stage.name: stage.steps for stage in plan.stages}
+    rows = None if plan.source is None else len(plan.source.train())
+    return Preflight(
+        data=None if plan.source is None else plan.source.describe(),
+        student=student,
+        teacher=teacher,
+        teacher_accuracy=accuracy,
+        teacher_images=images,
+        steps=steps,
+        epochs=None if rows is None else sum(steps.values()) * plan.run.batch_size / rows,
+        batch=_batch(plan),
+        ideal_step_cost=_ideal(student, teacher),
+        memory=memory,
+        checkpoint=checkpoint,
+        disk=disk,
+    )
+
+
+def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -> NetworkFacts | None:
+    from visiondistill.models import as_network, count_flops, count_parameters
+
+    if network is None:
+        return None
+    adapted = as_network(network)
+    try:
+        flops = count_flops(adapted, adapted.input_size or image_size)
+    except ValueError:
+        flops = None
+    source = getattr(network, "source", None)
+    return NetworkFacts(
+        name=getattr(network, "name", type(adapted.model).__name__),
+        parameters=count_parameters(network),
+        flops=flops,
+        input_size=adapted.input_size,
+        num_classes=adapted.num_classes,
+        weights=str(source) if source is not None else "random",
+        sha256=getattr(source, "sha256", None),
+    )
+
+
+def _check_classes(plan: Plan) -> None:
+    from visiondistill.models import as_network, require_classes
+
+    if plan.source is None:
+        return
+    classes = len(plan.source.classes)
+    for role in ("teacher", "student"):
+        network = getattr(plan, role)
+        if network is None or not hasattr(network, "forward"):
+            continue
+        try:
+            require_classes(network, classes)
+        except ValueError as error:
+            raise SettingsError(f"{role}: {error}") from error
+        config = getattr(as_network(network).model, "pretrained_cfg", None) or {}
+        names = config.get("label_names") if isinstance(config, Mapping) else None
+        if names and list(names) != list(plan.source.classes):
+            first = next(i for i, (a, b) in enumerate(zip(names, plan.source.classes, strict=True)) if a != b)
+            raise SettingsError(
+                f"{role}: its class {first} is {names[first]!r}, the data's is {plan.source.classes[first]!r}: "
+                f"names or their order differ, so every label would be read wrongly"
+            )
+
+
+def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
+    """Accuracy on validation images; an online teacher (in no recipe's top) is nobody's business here."""
+    from visiondistill.eval import evaluate
+
+    if plan.teacher is None or plan.source is None or "val" not in plan.source.splits:
+        return None, 0
+    data = plan.source.val()
+    kept = _some(data, TEACHER_IMAGES)
+    scores = evaluate(plan.teacher, kept)
+    chance = 1 / len(plan.source.classes)
+    noise = 3 * math.sqrt(chance * (1 - chance) / scores.count)
+    if scores.accuracy <= chance + noise:
+        raise SettingsError(
+            f"teacher: {scores.accuracy:.1%} on {scores.count} validation images is chance ({chance:.1%}): its weights "
+            f"were not loaded, its classes are in another order, or its pixels are prepared wrongly. "
+            f"weights: {getattr(plan.teacher, 'source', 'unknown')}"
+        )
+    return scores.accuracy, scores.count
+
+
+def _some(data: Any, count: int) -> Any:
+    """The same `count` rows every time, spread over the whole set (sets are often sorted by class)."""
+    from visiondistill.data import TensorData
+
+    rows = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
+    if isinstance(data, TensorData):
+        return TensorData({name: column[rows] for name, column in data.columns.items()})
+    return data.select(rows) if hasattr(data, "select") else torch.utils.data.Subset(data, rows.tolist())
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    trained = (
+        sum(p.numel() * p.element_size() for p in plan.student.parameters() if p.requires_grad) if plan.student else 0
+    )
+    frozen = sum(p.numel() * p.element_size() for p in plan.teacher.parameters()) if plan.teacher else 0
+    average = trained if plan.run.ema_decay is not None else 0
+    return 4 * trained + average + frozen, 3 * trained + average
+
+
+def _rehearse(plan: Plan) -> None:
+    from visiondistill.export import rehearse
+
+    try:
+        rehearse(plan.student, classes=plan.source.classes, input_size=plan.source.input_size)
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(f"student: it could not be exported after the training: {error}") from error
+
+
+def _batch(plan: Plan) -> str:
+    processes, parts = process_count(), plan.run.grad_accum_steps
+    rows = plan.run.batch_size // (processes * parts)
+    return f"{plan.run.batch_size} = {processes} processes x {parts} micro-batches x {rows} images"
+
+
+def _ideal(student: NetworkFacts | None, teacher: NetworkFacts | None) -> float | None:
+    if None in (student, teacher) or None in (student.flops, teacher.flops):
+        return None
+    return 1 + teacher.flops / (3 * student.flops)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _network_line(role: str, facts: NetworkFacts) -> str:
+    flops = "" if facts.flops is None else f", {facts.flops / 1e9:.3g} GFLOP an image"
+    size = "" if facts.input_size is None else f", input {'x'.join(map(str, facts.input_size))}"
+    digest = "" if facts.sha256 is None else f", sha256 {facts.sha256[:12]}"
+    return (
+        f"{role}: {facts.name}, {facts.parameters:,} parameters{flops}{size}, {facts.num_classes} classes, "
+        f"weights {facts.weights}{digest}"
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

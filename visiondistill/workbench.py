@@ -1,0 +1,161 @@
+"""From a config to a measured, exported student: what the command line and notebooks both call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from visiondistill import recipes
+from visiondistill.data import OwnData, Source
+from visiondistill.engine import Result, train
+from visiondistill.engine.across import process_index
+from visiondistill.preflight import Preflight, preflight
+
+if TYPE_CHECKING:
+    from visiondistill.export import Exported
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a recipe led to.
+
+    Attributes:
+        student: the product, with averaged weights where an average was kept; eval mode.
+        metrics: of the test images, as in `evaluation/accuracy.json`; empty where the recipe names no data.
+        folder: the run folder.
+        result: of the engine.
+        facts: of the preflight.
+        exported: the export, where the recipe names data.
+    """
+
+    student: nn.Module
+    metrics: dict[str, Any]
+    folder: Path
+    result: Result
+    facts: Preflight
+    exported: Exported | None
+
+
+def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] | None = None) -> Outcome | None:
+    """Check, train, measure on the test images, export.
+
+    Args:
+        config: a recipe, see `recipes`.
+        dry_run: stop after the preflight; nothing is written.
+        given: student, teacher (networks) or data (a `Source`) in place of those of the recipe.
+
+    Raises:
+        RecipeError, SettingsError: before the first step, with the key or file named.
+        Further errors as of `engine.train`.
+    """
+    plan = recipes.plan(config, given)
+    facts = preflight(plan)
+    if process_index() == 0 and (plan.run.progress or dry_run):
+        print("\n".join(facts.lines()), flush=True)
+    if dry_run:
+        return None
+    result = train(plan.stages, plan.run, config=recipes.dump(config))
+    if process_index() == 0:
+        (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
+    student = (result.ema or result.product).eval()
+    if plan.source is None or result.reason != "finished":
+        return Outcome(student, {}, result.output_dir, result, facts, None)
+    return _finish(plan, result, student, facts, config)
+
+
+def distill(
+    student: str | nn.Module,
+    teacher: str | nn.Module | None = None,
+    data: Any = None,
+    recipe: str | Path = "kd",
+    **changes: Any,
+) -> Outcome:
+    """Distil from a notebook, in one call: the same as `visiondistill train`.
+
+    Args:
+        student, teacher: timm names, or networks (any classifier of pixels in [0, 1]).
+        data: an image folder, a `Source`, or a data set of (image, label) pairs.
+        recipe: name or file.
+        changes: dotted keys of the recipe with "__" for ".", such as `run__output_dir="runs/mine"`.
+
+    Raises:
+        As of `run`; always exceptions, never an exit.
+    """
+    config = recipes.load(recipe)
+    given: dict[str, Any] = {}
+    for name, value in (("student", student), ("teacher", teacher), ("data", data)):
+        if isinstance(value, str | Path):
+            key = "root" if name == "data" else "name"
+            config = recipes.override(config, {f"{name}.{key}": str(value)})
+        elif value is not None:
+            given[name] = value if name != "data" or isinstance(value, Source) else OwnData(value)
+    outcome = run(recipes.override(config, {k.replace("__", "."): v for k, v in changes.items()}), given=given)
+    assert outcome is not None
+    return outcome
+
+
+def _finish(
+    plan: recipes.Plan, result: Result, student: nn.Module, facts: Preflight, config: Mapping[str, Any]
+) -> Outcome:
+    from visiondistill.eval import accuracy_report
+    from visiondistill.export import About, export_run
+
+    source, weights = plan.source, "EMA" if result.ema is not None else "raw"
+    account = source.describe().as_dict()
+    report = accuracy_report(
+        student,
+        source.test(),
+        val=source.val() if "val" in source.splits else None,
+        teacher=plan.teacher,
+        classes=source.classes,
+        data_info={"split": "test"} | account,
+        weights=weights,
+    )
+    metrics, exported = report.to_dict(), None
+    if process_index() == 0:
+        report.write(result.output_dir / "evaluation")
+        about = About(
+            name="student",
+            data=account,
+            teacher=""
+            if facts.teacher is None
+            else f"{facts.teacher.name}, {facts.teacher_accuracy:.1%} on validation",
+            method={"recipe": dict(config)},
+            metrics=metrics,
+        )
+        exported = export_run(result, classes=source.classes, about=about, input_size=source.input_size)
+        _plot(result.history, result.output_dir / "curves.png")
+        if plan.run.progress:
+            _show(report, exported)
+    return Outcome(student, metrics, result.output_dir, result, facts, exported)
+
+
+def _show(report: Any, exported: Exported) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(report.table())
+    console.print(f"export ({exported.format}): {exported.folder}")
+
+
+def _plot(history: list[dict[str, Any]], path: Path) -> None:
+    """Every term over the steps."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for line in history for name in line if "/" in name and not name.startswith("lr/")})
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
+        points = [(line["step"], line[name]) for line in history if name in line]
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", ylabel="weighted term")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if names:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
