@@ -76,10 +76,10 @@ class Context:
         self.guard = Guard(self.world.device)
         self.writes_state = type(self.method).after is not Method.after
         self.modes_of: TurnRunner | None = None
+        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.run.mixed_precision]
 
     def autocast(self) -> AbstractContextManager:
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.run.mixed_precision]
-        return nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
+        return nullcontext() if self.dtype is None else torch.autocast(self.world.device.type, self.dtype)
 
     def write(self, writes: dict[str, Tensor | tuple[Tensor, Tensor]], hold: Tensor) -> None:
         held = hold.bool()
