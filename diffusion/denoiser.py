@@ -1,0 +1,185 @@
+"""One adapter around any network: its prediction type, its noise path, its guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from diffusion.process import KINDS, Process
+from diffusion.tensors import Time, choose, expand_time, factor, lead, lift
+
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network said at (x_t, t), readable as any prediction type; conversions happen on demand."""
+
+    value: Tensor
+    kind: str
+    x_t: Tensor
+    t: Time
+    process: Process
+
+    def of(self, kind: str) -> Tensor:
+        """The prediction as `kind` (one of `diffusion.process.KINDS`), in x_t's dtype."""
+        return self.process.convert(self.value, self.x_t, self.t, self.kind, kind)
+
+    @property
+    def x0(self) -> Tensor:
+        return self.of("x0")
+
+    @property
+    def eps(self) -> Tensor:
+        return self.of("eps")
+
+    @property
+    def v(self) -> Tensor:
+        return self.of("v")
+
+    @property
+    def velocity(self) -> Tensor:
+        return self.of("velocity")
+
+    @property
+    def score(self) -> Tensor:
+        return self.of("score")
+
+
+class Denoiser(nn.Module):
+    """`denoiser(x_t, t, condition) -> Prediction` around `network(x_t, t, condition) -> Tensor`.
+
+    The network always receives t as `[B]` (or `[B, F]`), at least float32, whatever was given;
+    integer times stay integers.
+
+    Args:
+        network: any module or callable; a module's weights are the denoiser's.
+        process: the noise path that the network was trained on.
+        prediction_type: what the network returns, one of `diffusion.process.KINDS`.
+        batched_guidance: evaluate both branches of guidance as one doubled batch (faster) or in two
+            calls (half the memory).
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+
+    def __init__(
+        self, network: Network, process: Process, prediction_type: str = "x0", *, batched_guidance: bool = True
+    ) -> None:
+        super().__init__()
+        choose("prediction_type", prediction_type, KINDS)
+        self.network, self.process = network, process
+        self.prediction_type, self.batched_guidance = prediction_type, batched_guidance
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Time,
+        condition: Any = None,
+        *,
+        guidance_scale: float | Tensor = 1.0,
+        null_condition: Any = None,
+    ) -> Prediction:
+        """Predict at (x_t, t).
+
+        Args:
+            x_t: `[B, ...]`.
+            t: `[B]`, `[B, F]`, 0-d tensor or number, in the process's own time.
+            condition: what the network takes: a tensor or a nest of tensors, batch first; or None.
+            guidance_scale: s of `uncond + s*(cond - uncond)`; 1 is off and costs one pass. A number,
+                or a tensor `[B]`.
+            null_condition: the unconditional branch's condition, of the condition's structure.
+
+        Raises:
+            ValueError: guidance without a null condition.
+        """
+        times = expand_time(t, x_t)
+        if isinstance(guidance_scale, int | float) and guidance_scale == 1:
+            value = self.network(x_t, times, condition)
+        elif null_condition is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a null_condition; 1 switches guidance off")
+        else:
+            branches = self._branches(x_t, times, null_condition, condition)
+            value = apply_guidance(branches, [guidance_scale])
+        return Prediction(value, self.prediction_type, x_t, t, self.process)
+
+    def _branches(self, x_t: Tensor, t: Tensor, null: Any, condition: Any) -> list[Tensor]:
+        if not self.batched_guidance:
+            return [self.network(x_t, t, null), self.network(x_t, t, condition)]
+        both = tree_map(lambda a, b: torch.cat([a, b]), null, condition)
+        return list(self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2))
+
+    def extra_repr(self) -> str:
+        return f"process={self.process!r}, prediction_type={self.prediction_type!r}"
+
+
+class EDMPreconditioner(nn.Module):
+    """A raw network F as an x0 network on the EDM path: D = c_skip*x + c_out*F(c_in*x, c_noise).
+
+    Wrap it: `Denoiser(EDMPreconditioner(network), EDMProcess(), "x0")`. F receives c_noise = ln(sigma)/4
+    as its time.
+
+    Args:
+        network: `network(x, c_noise, condition)`, input and output of unit variance.
+        sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network, self.sigma_data = network, sigma_data
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        c_skip, c_out, c_in, c_noise = edm_scalings(t, self.sigma_data)
+        x = lift(x_t)
+        raw = self.network((lead(c_in, x) * x).to(x_t.dtype), c_noise, condition)
+        return (lead(c_skip, x) * x + lead(c_out, x) * raw).to(x_t.dtype)
+
+
+def edm_scalings(
+    sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """EDM's preconditioning coefficients (Karras et al. 2022, table 1), each of sigma's shape.
+
+    Args:
+        sigma: noise levels, >= 0.
+        sigma_min: > 0 gives consistency models' boundary form, the identity at sigma_min
+            (Song et al. 2023, appendix C); their network is conditioned on 1000*c_noise.
+
+    Returns:
+        c_skip, c_out, c_in, c_noise of D(x) = c_skip*x + c_out*F(c_in*x, c_noise).
+    """
+    sigma = lift(sigma)
+    total = sigma**2 + sigma_data**2
+    c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    c_out = (sigma - sigma_min) * sigma_data / total.sqrt()
+    return c_skip, c_out, total.rsqrt(), sigma.clamp(min=1e-6).log() / 4
+
+
+def apply_guidance(branches: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:
+    """b0 + sum_i s_i*(b_i - b_{i-1}): classifier-free guidance for one or more conditions.
+
+    [uncond, cond] and [s] give uncond + s*(cond - uncond); three branches guide by text, then by
+    audio. Papers that write cond + w*(cond - uncond) mean s = w + 1.
+
+    Args:
+        branches: n + 1 predictions `[B, ...]` of one type.
+        scales: n numbers or tensors `[B]`.
+
+    Returns:
+        `[B, ...]` in the branches' dtype, float32 inside.
+
+    Raises:
+        ValueError: the lengths are not n + 1 and n.
+    """
+    if len(branches) != len(scales) + 1 or not scales:
+        raise ValueError(f"{len(branches)} branches need {len(branches) - 1} scales (at least 1), got {len(scales)}")
+    lifted = [lift(branch) for branch in branches]
+    guided = lifted[0]
+    for scale, before, after in zip(scales, lifted, lifted[1:], strict=False):
+        guided = guided + factor(scale, after) * (after - before)
+    return guided.to(branches[0].dtype)

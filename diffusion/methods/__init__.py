@@ -1,0 +1,1 @@
+"""Distillation methods on `visiondistill.engine`, one published method per file."""

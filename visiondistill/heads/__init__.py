@@ -1,0 +1,6 @@
+"""How many classifiers share the student's trunk."""
+
+from visiondistill.heads.base import Heads
+from visiondistill.heads.single import SingleHead
+
+__all__ = ["Heads", "SingleHead"]

@@ -1,0 +1,40 @@
+"""What all losses share: precision, shape checks, reduction."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "none"]
+
+
+def lift(x: Tensor) -> Tensor:
+    """Half precision to float32: sums of exponentials lose all digits in 8 or 11 bits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def paired_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits, lifted. Raises ValueError unless both are the same `[B, K]`: broadcasting would hide a mix-up."""
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "student and teacher logits must have the same shape [B, K], "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    return lift(student_logits), lift(teacher_logits)
+
+
+def positive_temperature(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return temperature
+
+
+def reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    """`[B]` to its mean, or as it is. Raises ValueError for any other reduction."""
+    if reduction == "mean":
+        return values.mean()
+    if reduction == "none":
+        return values
+    raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")

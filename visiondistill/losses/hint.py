@@ -1,0 +1,29 @@
+"""Matching of intermediate features.
+
+Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015,
+arXiv 1412.6550, equation 3, as a mean over elements.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from visiondistill.losses.common import Reduction, lift, reduce
+
+
+def hint_loss(student_feature: Tensor, teacher_feature: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Mean squared difference of two feature maps.
+
+    Args:
+        student_feature, teacher_feature: `[B, C, H, W]`, the student's after its regressor.
+        reduction: "mean" over rows, or "none" for `[B]`.
+
+    Raises:
+        ValueError: shapes differ or unknown reduction.
+    """
+    if student_feature.shape != teacher_feature.shape:
+        raise ValueError(
+            "student and teacher features must have the same shape, "
+            f"got {tuple(student_feature.shape)} and {tuple(teacher_feature.shape)}"
+        )
+    return reduce((lift(student_feature) - lift(teacher_feature)).square().flatten(1).mean(1), reduction)

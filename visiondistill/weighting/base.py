@@ -1,0 +1,32 @@
+"""The interface of a weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from visiondistill.engine.method import Batch, Terms
+from visiondistill.parts import Part
+
+
+class Weighting(Part):
+    """From the terms' values to the turn's weighted scalars.
+
+    Attributes:
+        per_sample: it weights rows one by one and refuses terms that have a value per batch only.
+    """
+
+    per_sample: bool = False
+
+    def active(self, terms: Sequence[str]) -> list[str]:
+        """The terms that are to be computed.
+
+        Raises:
+            SettingsError: a weight is given for a term that is not there.
+        """
+        return list(terms)
+
+    def forward(self, values: dict[str, Tensor], batch: Batch) -> Terms:
+        """`{term: [B] or scalar}` to `{term: weighted scalar}`; means over rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward()")
