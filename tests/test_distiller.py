@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss
 
 from visiondistill import Distiller
+from visiondistill.augmentors import Mix
 from visiondistill.data import Digits, Stream, TensorData
 from visiondistill.engine import Draw, Optim, Run, Stage, Turn, train
 from visiondistill.engine.errors import SettingsError
+from visiondistill.engine.rng import key
 from visiondistill.eval import evaluate
 from visiondistill.heads import SingleHead
 from visiondistill.losses import kd_loss
@@ -54,7 +56,7 @@ def distiller(terms: dict[str, Term], batch_size: int = 4, labelled: int = 12, *
 
 def prepared(method: Distiller, step: int = 0) -> dict:
     stream = method.streams["train"]
-    batch = {"train": next(stream.open(step, [(0, stream.batch_size)], 0))[0]}
+    batch = {"train": next(stream.open(step, [(0, stream.batch_size)], key(0, "train")))[0]}
     draw = Draw(0, step, {"": (0, stream.batch_size)}, 1, torch.device("cpu"), torch.float64)
     with torch.no_grad():
         return method.prepare(batch, draw, frozenset({"student"}))
@@ -284,6 +286,31 @@ def test_golden_curve(tmp_path):
         pytest.fail(f"{GOLDEN} was missing and has been written: look at it, then run again")
     for name, expected in json.loads(GOLDEN.read_text()).items():
         assert curve[name] == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+# --- mixed images
+
+
+def mixed(terms: dict[str, Term], labelled: int = 12) -> Distiller:
+    return distiller(terms, labelled=labelled, augmentor=Mix(CLASSES))
+
+
+def test_cross_entropy_takes_the_labels_of_mixed_images():
+    method = mixed({"ce": CE(0.1), "kd": KL()})
+    batch = prepared(method)
+    data = batch["train"]
+    assert "label" not in data
+    logits = method.players["student"](data["image"]).logits
+    expected = cross_entropy(logits, data["target"], label_smoothing=0.1)
+    torch.testing.assert_close(method.student_loss(batch)[0]["ce"], expected)
+
+
+@pytest.mark.parametrize(("term", "labelled"), [(Needs(label=True), 12), (Needs(label=True, soft_label=True), 7)])
+def test_mixed_labels_are_refused_where_they_do_not_fit(term, labelled):
+    reader = CE()
+    reader.needs = term
+    with pytest.raises(SettingsError, match="mixes"):
+        mixed({"reader": reader}, labelled)
 
 
 # --- what parts may bring

@@ -65,8 +65,9 @@ class Distiller(Method):
             raise SettingsError(f"streams must have '{TRAIN}', got {sorted(streams)}")
         active = _active(terms, weighting)
         labelled = getattr(streams[TRAIN], "labelled_fraction", 1.0)
+        mixed = bool(getattr(augmentor, "soft_labels", False))
         for name, term in active.items():
-            _check_term(name, term.needs, heads, weighting, labelled)
+            _check_term(name, term.needs, heads, weighting, labelled, mixed)
         needs = {name: _resolved(name, term.needs, network, source) for name, term in active.items()}
 
         heads.connect(network)
@@ -87,7 +88,7 @@ class Distiller(Method):
             _united([streams, *(part.streams for part in parts.values())]),
         )
         self.parts = nn.ModuleDict(parts)
-        self.needs, self.labelled_fraction = needs, labelled
+        self.needs, self.labelled_fraction, self.mixed = needs, labelled, mixed
         self.student_stages = _stages(need.student_stage for need in needs.values())
         self._prepares = [part for part in parts.values() if type(part).prepare is not Part.prepare]
 
@@ -132,7 +133,7 @@ class Distiller(Method):
         return self.players[STUDENT]
 
     def _view(self, needs: Needs, logits: dict[str, Tensor], features: dict[int, Tensor], batch: Batch) -> View:
-        label = batch[TRAIN]["label"] if needs.label else None
+        label = batch[TRAIN]["label"] if needs.label and not self.mixed else None
         if label is not None and self.labelled_fraction < 1:
             label = label.clamp(min=0)
         targets: dict[str, Any] = batch.get("teacher", {})
@@ -143,6 +144,7 @@ class Distiller(Method):
             student_feature=None if needs.student_stage is None else features[needs.student_stage],
             teacher_feature=None if needs.teacher_stage is None else targets["features"][needs.teacher_stage],
             batch=batch,
+            target=batch[TRAIN]["target"] if needs.label and self.mixed else None,
         )
 
     def _over_labelled(self, needs: Needs, value: Tensor, batch: Batch) -> Tensor:
@@ -207,12 +209,18 @@ def _check_networks(student: Network, teacher: Teacher | None) -> None:
         raise SettingsError(f"the student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}")
 
 
-def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, labelled: float) -> None:
+def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, labelled: float, mixed: bool) -> None:
     if needs.head not in heads.names:
         raise SettingsError(f"term '{name}' reads the head '{needs.head}', but there are only {list(heads.names)}")
     if weighting.per_sample and not needs.per_sample:
         raise SettingsError(
             f"{type(weighting).__name__} weights each image, but term '{name}' has one value for the whole batch"
+        )
+    if mixed and needs.label and not needs.soft_label:
+        raise SettingsError(f"term '{name}' needs one label per image, but the augmentor mixes images and their labels")
+    if mixed and needs.label and labelled < 1:
+        raise SettingsError(
+            f"term '{name}' reads labels and the augmentor mixes them, but only {labelled:.1%} of the images have one"
         )
     if needs.label and not needs.per_sample and labelled < 1:
         raise SettingsError(f"term '{name}' needs the label of every image, but only {labelled:.1%} of them have one")

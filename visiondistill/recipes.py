@@ -19,7 +19,8 @@ the second stage on, so is its first argument, with what the previous stage hand
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,15 +246,17 @@ def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
         streams = {"train": built.source.stream(run.batch_size, config.get("workers", 0))}
     if "student" in config and built.student is None:
         fitted = _fitted(config["student"], built.source)
-        built.student = schema.build(config["student"], nn.Module, "student", fitted)
+        with _seeded(run.seed, "student"):
+            built.student = schema.build(config["student"], nn.Module, "student", fitted)
     if "teacher" in config and built.teacher is None:
-        built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
+        with _seeded(run.seed, "teacher"):
+            built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
     shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
     for index, (name, where, node) in enumerate(_stages(config)):
         target = schema.resolve(node["method"]["class_path"], f"{where}method")
         filled = {key: shared[key] for key in _filled(top, target, node["method"])}
         handed_over = _handed_over(index, top, target, node["method"])
-        make = partial(_make, node["method"], f"{where}method", filled, handed_over)
+        make = partial(_make, node["method"], f"{where}method", run.seed, filled, handed_over)
         optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
         method: Method | Callable = make if index else make(None)
         built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
@@ -279,10 +282,23 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _make(node: Config, where: str, given: Mapping[str, Any], first: Sequence[str], handover: Any) -> Any:
+def _make(node: Config, where: str, seed: int, given: Mapping[str, Any], first: Sequence[str], handover: Any) -> Any:
     from visiondistill.engine import Method
 
-    return schema.build(node, Method, where, {**given, **dict.fromkeys(first, handover)})
+    with _seeded(seed, where):
+        return schema.build(node, Method, where, {**given, **dict.fromkeys(first, handover)})
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Initial weights are a function of the run's seed, and building them disturbs nobody's generator."""
+    import torch
+
+    from visiondistill.engine.rng import key
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "initial", name))
+        yield
 
 
 def _stages(config: Config) -> list[tuple[str, str, Config]]:

@@ -402,8 +402,8 @@ def test_density_ratio_averages_heads_before_the_exponential_and_clamps():
 
 def test_bin_means_move_only_where_bins_occur():
     old = torch.ones(4)
-    new = update_bin_means(old, torch.tensor([0, 0, 2]), torch.tensor([2.0, 4.0, 7.0]), decay=0.5)
-    torch.testing.assert_close(new, torch.tensor([2.0, 1.0, 4.0, 1.0]))
+    new = update_bin_means(old, torch.tensor([0, 0, 2]), torch.tensor([2.0, 4.0, 9.0]), decay=0.75)
+    torch.testing.assert_close(new, torch.tensor([1.5, 1.0, 3.0, 1.0]))
     assert torch.equal(old, torch.ones(4)), "pure"
     torch.testing.assert_close(
         fdistill_weight(torch.tensor([2.0, 4.0]).log(), "kl", bin_mean=torch.tensor([2.0, 4.0])), torch.ones(2)

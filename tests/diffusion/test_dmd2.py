@@ -137,6 +137,16 @@ def test_student_loss_is_dmd_at_the_students_noised_images():
     assert expected > 0
 
 
+def test_both_scores_are_read_without_a_graph():
+    """The loss detaches them anyway; a graph would cost the memory of two more networks."""
+    method = DMD2(denoiser(), SHAPE)
+    seen = []
+    for network in (method.frozen["teacher"], method.players["fake_score"]):
+        network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    method.student_loss(prepared(method))
+    assert seen == [False, False]
+
+
 def test_the_normaliser_sees_the_guided_teacher():
     method = moved_apart(DMD2(denoiser(), SHAPE, guidance_scale=4.0, conditions=ClassLabels(4)))
     batch = prepared(method)
@@ -237,7 +247,7 @@ def test_a_few_step_student_trains_on_inputs_that_it_made_itself():
     method = DMD2(denoiser(VPProcess.from_betas(), "eps"), SHAPE, student_steps=4, sigma_data=None)
     assert method.times == [999, 749, 499, 249, -1]
     calls = []
-    method.generate = lambda x_t, t, condition=None: calls.append((t, torch.is_grad_enabled())) or x_t / 2
+    method.generate = lambda x_t, t, condition=None: calls.append((x_t, t, torch.is_grad_enabled())) or x_t / 2
     exits = set()
     for step in range(40):
         calls.clear()
@@ -245,10 +255,13 @@ def test_a_few_step_student_trains_on_inputs_that_it_made_itself():
         (exit_time,) = set(batch["input"]["t"].tolist())
         exits.add(exit_time)
         before = [999, 749, 499, 249][: [999, 749, 499, 249].index(exit_time)]
-        assert [t[0].item() for t, _ in calls] == before, "simulated through all earlier steps"
-        assert not any(graph for _, graph in calls)
+        assert [t[0].item() for _, t, _ in calls] == before, "simulated through all earlier steps"
+        assert not any(graph for *_, graph in calls)
+        outer = draw(step).normal("input/noise", *SHAPE)
         if exit_time == 999:
-            assert torch.equal(batch["input"]["x_t"], draw(step).normal("input/noise", *SHAPE)), "pure noise"
+            assert torch.equal(batch["input"]["x_t"], outer), "pure noise"
+        else:
+            assert not torch.equal(calls[0][0], outer), "the last noise must be independent of all before"
     assert exits == {999, 749, 499, 249}
 
 

@@ -162,8 +162,10 @@ class Poisoned:
     def __init__(self, stream: Stream, step: int) -> None:
         self.stream, self.batch_size, self._step = stream, stream.batch_size, step
 
-    def open(self, start: int, rows: Sequence[tuple[int, int]], seed: int) -> Iterator[list[Batch]]:
-        for step, parts in enumerate(self.stream.open(start, rows, seed), start):
+    def open(
+        self, start: int, rows: Sequence[tuple[int, int]], seed: int, device: torch.device
+    ) -> Iterator[list[Batch]]:
+        for step, parts in enumerate(self.stream.open(start, rows, seed, device), start):
             if step == self._step:
                 last = rows.index(max(rows))
                 parts[last] = {name: self._spoil(x) if max(rows)[1] == self.batch_size else x

@@ -32,7 +32,9 @@ class Table:
         self.batch_size = batch_size
         self.columns = columns
 
-    def open(self, start: int, rows: Sequence[tuple[int, int]], seed: int) -> Iterator[list[Batch]]:
+    def open(
+        self, start: int, rows: Sequence[tuple[int, int]], seed: int, device: torch.device
+    ) -> Iterator[list[Batch]]:
         for step in itertools.count(start):
             index = self._index(step, seed)
             yield [{name: column[index[low:high]] for name, column in self.columns.items()} for low, high in rows]
@@ -547,7 +549,7 @@ class Preference(Method):
         return {"rank": F.softplus(score["loser"] - score["winner"]).mean()}, {}
 
 
-def _adapted() -> nn.Module:
+def adapted() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     base = built(1001, PointNet)
@@ -555,7 +557,7 @@ def _adapted() -> nn.Module:
 
 
 def preference(seed: int, steps: int = 20) -> Stages:
-    method = Preference(built(seed, _adapted), built(seed + 1, lambda: nn.Linear(12, 1, bias=False)))
+    method = Preference(built(seed, adapted), built(seed + 1, lambda: nn.Linear(12, 1, bias=False)))
     return [Stage(method, steps, {"default": Optim(lr=2e-2)})], SETTINGS
 
 

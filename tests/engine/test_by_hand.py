@@ -12,6 +12,7 @@ from miniatures import BATCH, MINIATURES, SETTINGS
 from torch import Tensor, nn
 
 from visiondistill.engine import Batch, Draw, Method, Optim, Stage
+from visiondistill.engine.rng import key
 
 STEPS = 20
 ROWS = {"": (0, BATCH), "train": (0, BATCH)}
@@ -19,7 +20,8 @@ ROWS = {"": (0, BATCH), "train": (0, BATCH)}
 
 def prepared(method: Method, due: dict[int, frozenset[str]]) -> list[Batch]:
     """What a run of seed 0 prepares, for methods whose `prepare` reads frozen networks and noise alone."""
-    feeds = {name: stream.open(0, [(0, BATCH)], 0) for name, stream in method.streams.items()}
+    cpu = torch.device("cpu")
+    feeds = {name: stream.open(0, [(0, BATCH)], key(0, name), cpu) for name, stream in method.streams.items()}
     batches = []
     for step in range(STEPS):
         draw = Draw(0, step, ROWS, SETTINGS["noise_block"], torch.device("cpu"), torch.float64)

@@ -84,7 +84,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None
     run(tmp_path)
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / "meta.json").unlink()
-    with pytest.warns(UserWarning), pytest.raises(ResumeError, match="no checkpoint below"):
+    with pytest.warns(UserWarning, match="falling back"), pytest.raises(ResumeError, match="no checkpoint"):
         run(tmp_path, resume="auto")
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Job, assert_same, override, play, state, train_stages
-from miniatures import MINIATURES, built
+from harness import Job, apart, assert_same, override, play, state, train_stages
+from miniatures import MINIATURES, adapted, built, project
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visiondistill.engine import Batch, Carry, Draw, Method, Optim, Stage, Terms, Turn
-
-Gradients = dict[str, tuple[int, Tensor]]
+from visiondistill.engine.method import Combine
 
 
 class Watch:
@@ -85,6 +87,26 @@ def test_bank_holds_the_gathered_rows_of_every_micro_batch(tmp_path: Path) -> No
     whole = train_stages(stages, settings | {"grad_accum_steps": 2}, tmp_path)
     assert (whole.weights["0.bank"] != fresh.bank).any(dim=1).all()
     assert whole.weights["0.decay"] == pytest.approx(0.5 - 0.4 * 0.9**8)
+
+
+def test_a_combined_gradient_may_lie_in_memory_as_it_likes(tmp_path: Path) -> None:
+    """As a compiled backward lays it out, where a fused optimiser reads plain memory."""
+    outcomes = []
+    for turned in (False, True):
+        stages, settings = MINIATURES["projected"](0, 10)
+        kind = type(stages[0].method)
+
+        def combine(groups: dict[str, dict[str, Tensor]], turned: bool = turned) -> dict[str, Tensor]:
+            gradients = project(groups)
+            return {n: g.mT.contiguous().mT if turned and g.ndim > 1 else g for n, g in gradients.items()}
+
+        def turns(self: Method, combine: Combine = combine, kind: type[Method] = kind) -> tuple[Turn, ...]:
+            return tuple(replace(turn, combine=combine) for turn in kind.turns(self))
+
+        override(stages[0].method, turns=turns)
+        outcomes.append(train_stages(stages, settings, tmp_path / str(turned)))
+    assert not outcomes[0].error
+    assert apart(outcomes[0].weights, outcomes[1].weights) < 1e-12
 
 
 def test_adversarial_turn_declines_sometimes(tmp_path: Path) -> None:
@@ -193,3 +215,42 @@ def test_average_follows_weights_and_running_statistics(tmp_path: Path) -> None:
     for name in ("0.0.weight", "0.1.weight", "0.1.running_mean", "0.1.running_var"):
         torch.testing.assert_close(outcome.ema[name], expected[name], rtol=0, atol=1e-7)  # its weight is fp32
         assert not torch.allclose(outcome.ema[name], outcome.weights[f"0.players.player.{name[2:]}"], atol=1e-6)
+
+
+class Twins(Method):
+    """Two LoRA players; the second learns from what the first says, in a turn of its own."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__({"first": first, "second": second})
+
+    def turns(self) -> tuple[Turn, ...]:
+        return tuple(Turn(name, getattr(self, f"{name}_loss"), moves=(name,)) for name in ("first", "second"))
+
+    def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
+        x, time = draw.normal("x", 2), draw.uniform("time", 1)
+        with self.players["first"].disable_adapter():
+            return batch | {"x": x, "time": time, "before": self.players["first"](x, time)}
+
+    def first_loss(self, batch: Batch) -> tuple[Terms, Carry]:
+        said = self.players["first"](batch["x"], batch["time"])
+        return {"away": F.mse_loss(said, batch["before"] + 1)}, {"said": said}
+
+    def second_loss(self, batch: Batch) -> tuple[Terms, Carry]:
+        return {"near": F.mse_loss(self.players["second"](batch["x"], batch["time"]), batch["said"])}, {}
+
+
+def test_adapters_over_one_base_train_as_over_two(tmp_path: Path) -> None:
+    """Players that hold the same Parameter objects for their base, which no checkpoint holds."""
+    outcomes = []
+    for name in ("shared", "separate"):
+        first = built(1, adapted)
+        base = {id(p): p for p in first.parameters() if not p.requires_grad} if name == "shared" else {}
+        method = Twins(first, copy.deepcopy(first, base))
+        stage = Stage(method, 10, {"default": Optim(lr=1e-2)})
+        outcomes.append(train_stages([stage], {"batch_size": 4}, tmp_path / name))
+    assert not outcomes[0].error
+    assert_same(outcomes[0].weights, outcomes[1].weights)
+    assert outcomes[0].weights["0.players.second.base_model.model.outer.lora_B.default.weight"].abs().max() > 1e-3
+    saved = load_file(tmp_path / "shared" / "checkpoints" / "step_000000010" / "weights.safetensors")
+    assert len(saved) == 8
+    assert all("lora" in key for key in saved)

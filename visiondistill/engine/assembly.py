@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -171,13 +172,27 @@ def _check_turns(turns: tuple[Turn, ...], players: Mapping[str, Player], stage: 
 
 
 def _plain(thing: object) -> dict[str, Any]:
+    """What a module or stream was told, as plain data: all its public attributes that can be that."""
     # Counters and caches are private by convention; `workers` cannot change a batch.
     left_out = ("training", "workers")
-    return {
-        name: value
-        for name, value in sorted(vars(thing).items())
-        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in left_out
-    }
+    public = {name: value for name, value in vars(thing).items() if name[0] != "_" and name not in left_out}
+    told = {name: _data(value) for name, value in sorted(public.items())}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _data(value: object) -> Any | None:
+    """`value` as plain data, None where it is not."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return _data(dict(vars(value)))
+    if isinstance(value, dict):
+        entries = {str(name): _data(entry) for name, entry in value.items()}
+        return entries if all(entry is not None for entry in entries.values()) else None
+    if isinstance(value, list | tuple):
+        entries = [_data(entry) for entry in value]
+        return entries if all(entry is not None for entry in entries) else None
+    return None
 
 
 def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:

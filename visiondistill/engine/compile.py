@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
-import torch._dynamo
-import torch._functorch.config
 from torch import nn
 
 from visiondistill.engine.settings import Run
@@ -15,6 +13,9 @@ from visiondistill.engine.settings import Run
 
 def compiler_settings() -> AbstractContextManager[None]:
     """What turns need of the compiler, for the length of a run."""
+    import torch._dynamo  # takes seconds, and only a compiled run needs it
+    import torch._functorch.config
+
     stack = ExitStack()
     # Bilevel turns call `autograd.grad` inside the graph.
     stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))

@@ -34,11 +34,14 @@ class Stream(Protocol):
     batch_size: int
     """Rows of the global batch, over all processes and micro-batches."""
 
-    def open(self, start: int, rows: Sequence[tuple[int, int]], seed: int) -> Iterator[list[Batch]]:
+    def open(
+        self, start: int, rows: Sequence[tuple[int, int]], seed: int, device: torch.device
+    ) -> Iterator[list[Batch]]:
         """Yield, for step `start`, `start + 1`, ..., one batch per `(low, high)` of `rows`.
 
         `(low, high)` are rows of that step's global batch. What is yielded depends on the step,
-        the rows and the seed alone, never on what was read before.
+        the rows and the seed alone, never on what was read before. Batches may lie anywhere; the
+        engine moves them to `device`, which is told so that data can be kept there.
         """
         ...
 

@@ -48,7 +48,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, steps: in
     from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 
     for group in optimizer.param_groups:
+        # timm's schedulers start from the plain rate and multiply by `lr_scale` (layer decay) themselves.
         group.pop("initial_lr", None)
+        group["lr"] = settings.lr
     common = {"warmup_t": settings.warmup, "warmup_lr_init": 0.0, "t_in_epochs": False}
     if settings.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=steps, **common)

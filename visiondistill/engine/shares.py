@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.launch import World
 from visiondistill.engine.method import Batch, Stream
+from visiondistill.engine.rng import key
 from visiondistill.engine.settings import Run
 from visiondistill.engine.tree import tree_map
 
@@ -48,7 +49,8 @@ class Shares:
         """For each step from `start` on, one `{stream: batch}` per micro-batch, on the device."""
         device = self.world.device
         opened = {
-            name: stream.open(start, [rows[name] for rows in self.micro], self.run.seed)
+            # A seed of its own: two streams over one set must not read the same rows.
+            name: stream.open(start, [rows[name] for rows in self.micro], key(self.run.seed, name), device)
             for name, stream in self.streams.items()
         }
         while True:

@@ -208,7 +208,9 @@ class TurnRunner:
         with torch.no_grad():
             combined = self.turn.combine(named)
         for name, parameter in self.named.items():
-            parameter.grad = combined[name]
+            # Fused optimisers read a gradient's memory in the parameter's layout; a compiled backward may have another.
+            gradient, fits = combined[name], combined[name].stride() == parameter.stride()
+            parameter.grad = gradient if fits else torch.empty_like(parameter).copy_(gradient)
 
     def _check_gradients(self, gradients: Sequence[Tensor]) -> None:
         if self.scale is None:

@@ -19,6 +19,7 @@ class Needs:
     Args:
         head: which of the student's classifiers.
         label: labels of the batch.
+        soft_label: where an augmentor mixes images, the term takes their mixed labels in place of `label`.
         teacher_logits: the teacher's answer.
         student_stage, teacher_stage: features of one stage each, -1 for the last.
         per_sample: the term gives one value per row; otherwise one for the whole batch.
@@ -26,6 +27,7 @@ class Needs:
 
     head: str = "main"
     label: bool = False
+    soft_label: bool = False
     teacher_logits: bool = False
     student_stage: int | None = None
     teacher_stage: int | None = None
@@ -38,7 +40,8 @@ class View:
 
     Args:
         logits: the student's `[B, K]`, from the head that the term asked for.
-        label: int64 `[B]`, all valid classes.
+        label: int64 `[B]`, all valid classes; None where an augmentor mixed them.
+        target: mixed labels `[B, K]`, rows of sum 1; None where labels are not mixed.
         teacher_logits: `[B, K]`.
         student_feature, teacher_feature: `[B, C, H, W]`.
         batch: the whole batch, for what the term's own `prepare` added.
@@ -51,6 +54,7 @@ class View:
     student_feature: Tensor | None
     teacher_feature: Tensor | None
     batch: Batch
+    target: Tensor | None = None
     carry: Carry = field(default_factory=dict)
 
 

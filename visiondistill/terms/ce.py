@@ -10,7 +10,9 @@ from visiondistill.terms.base import Needs, Term, View
 
 
 class CE(Term):
-    """Cross-entropy of the student with the label, a mean over labelled images.
+    """Cross-entropy of the student with the label, or with the mixed labels of mixed images.
+
+    A mean over labelled images.
 
     Args:
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
@@ -25,7 +27,8 @@ class CE(Term):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         self.label_smoothing = label_smoothing
-        self.needs = Needs(head=head, label=True)
+        self.needs = Needs(head=head, label=True, soft_label=True)
 
     def forward(self, view: View) -> Tensor:
-        return cross_entropy(lift(view.logits), view.label, reduction="none", label_smoothing=self.label_smoothing)
+        target = view.label if view.target is None else view.target.to(lift(view.logits).dtype)
+        return cross_entropy(lift(view.logits), target, reduction="none", label_smoothing=self.label_smoothing)

@@ -1,0 +1,35 @@
+"""Twenty steps of DMD2 in double precision, against numbers that are kept: a refactoring changes none of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.methods.dmd2 import DMD2
+from diffusion.toys.network import toy_denoiser
+from visiondistill.engine import Optim, Run, Stage, train
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "dmd2.json"
+
+
+def test_golden_curve(tmp_path: Path) -> None:
+    """Where the file is missing, the test writes it and fails."""
+    teacher = toy_denoiser(width=8, depth=1).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(teacher.parameters()):
+            # By formula, so that golden numbers hang on no generator of initial weights.
+            parameter.copy_(torch.sin(torch.arange(parameter.numel()) + number).view_as(parameter) / 3)
+    run = Run(str(tmp_path), batch_size=16, log_every=1, ema_decay=0.9, progress=False, device="cpu")
+    optim = {"student": Optim("adam", lr=1e-2), "fake_score": Optim("adam", lr=2e-2, clip=1.0)}
+    result = train([Stage(DMD2(teacher, shape=[2], student_every=5), 20, optim)], run)
+    names = ("student/dmd", "critic/denoising")
+    curve = {name: [line[name] for line in result.history if name in line] for name in names}
+    curve["average"] = [sum(tensor.sum().item() for tensor in result.ema.state_dict().values())]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(curve, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN} was missing and has been written: look at it, then run again")
+    for name, expected in json.loads(GOLDEN.read_text()).items():
+        assert curve[name] == pytest.approx(expected, rel=1e-10, abs=1e-12)

@@ -1,0 +1,28 @@
+"""Data as functions of (seed, step): sources, sets in memory or behind workers, and the stream that cuts batches."""
+
+from visiondistill.data.digits import Digits
+from visiondistill.data.folder import ImageFolder
+from visiondistill.data.order import EpochOrder
+from visiondistill.data.own import EmbeddedDigits, OwnData
+from visiondistill.data.parquet import Parquet
+from visiondistill.data.source import Account, Source
+from visiondistill.data.stream import Stream, in_order
+from visiondistill.data.tensors import TensorData
+from visiondistill.data.timm_sets import TimmData
+from visiondistill.data.torchvision_sets import Torchvision
+
+__all__ = [
+    "Account",
+    "Digits",
+    "EmbeddedDigits",
+    "EpochOrder",
+    "ImageFolder",
+    "OwnData",
+    "Parquet",
+    "Source",
+    "Stream",
+    "TensorData",
+    "TimmData",
+    "Torchvision",
+    "in_order",
+]

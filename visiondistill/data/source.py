@@ -1,0 +1,264 @@
+"""Where data come from: three splits that never mix, the names of the classes, and an account of what was used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visiondistill.data.stream import Stream
+from visiondistill.data.survey import Skipped
+from visiondistill.data.tensors import TensorData
+from visiondistill.engine.errors import SettingsError
+from visiondistill.engine.rng import key
+
+TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
+
+
+class Split(NamedTuple):
+    """One split as the set gives it.
+
+    Args:
+        data: `TensorData`, or a map-style data set with `select(rows)`.
+        label: int64 `[N]`, -1 for none.
+        digest: per row, equal for equal images; None where that is not known.
+        skipped: images that were left out.
+    """
+
+    data: Any
+    label: Tensor
+    digest: Sequence[Any] | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    def select(self, rows: Tensor) -> Split:
+        if isinstance(self.data, TensorData):
+            data = TensorData({name: column[rows] for name, column in self.data.columns.items()})
+        else:
+            data = self.data.select(rows)
+        digest = None if self.digest is None else [self.digest[row] for row in rows.tolist()]
+        return Split(data, self.label[rows], digest)
+
+
+@dataclass(frozen=True)
+class SplitAccount:
+    """What became of one split.
+
+    Attributes:
+        used: images that are read.
+        skipped: images that were listed and cannot be read.
+        doubled: used images whose file is there already in this split; None where it is not known.
+        in_train: used images whose file is in the training split too; None where it is not known.
+        per_class: used images of each class.
+        unlabelled: used images without a label.
+        carved: taken from the training images, because the set has no such split.
+    """
+
+    used: int
+    skipped: tuple[Skipped, ...]
+    doubled: int | None
+    in_train: int | None
+    per_class: tuple[int, ...]
+    unlabelled: int
+    carved: bool
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a source holds, for the preflight and the run folder.
+
+    Attributes:
+        source: class of the source.
+        classes: names in the order of their labels.
+        input_size: `(C, H, W)` of every image, None where the source does not know.
+        in_memory: whether the images are held decoded.
+        splits: by name.
+        notes: what a reader should know besides.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int] | None
+    in_memory: bool
+    splits: dict[str, SplitAccount]
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people: one line for the set, one per split, one per note."""
+        size = "unknown size" if self.input_size is None else "x".join(map(str, self.input_size))
+        held = "in memory" if self.in_memory else "decoded when read"
+        names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+        lines = [f"{self.source}: {len(self.classes)} classes ({names}), images {size}, {held}"]
+        lines += [f"{name:>5}: {_counts(split)}" for name, split in self.splits.items()]
+        return lines + list(self.notes)
+
+
+class Source:
+    """Training, validation and test data with the names of their classes.
+
+    A split that the set lacks is carved from its training images, stratified by class and
+    doubled files kept together: the test images are always the same ones, the validation images
+    depend on `split_seed`. Of a class with `n` different images `round(fraction * n)` are taken,
+    at least one and at most `n - 1`.
+
+    `train`, `val` and `test` give every image the same way each time, for `in_order` and
+    `evaluate`; `stream` gives the training images as they are trained on.
+
+    Args:
+        given: the splits that the set has; "train" is one of them.
+        classes: names in the order of their labels.
+        input_size: `(C, H, W)` of every image, where it is known.
+        val_fraction, test_fraction: share of the training images, in [0, 1); 0 carves nothing.
+        split_seed: which images are validation.
+        train_view: for `Stream.transform`: how training images are cut at random; None for not at all.
+        notes: for the account.
+
+    Raises:
+        SettingsError: no training image, a label without a class, or a fraction outside its range.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Split],
+        classes: Sequence[str],
+        input_size: tuple[int, int, int] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        train_view: Callable | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.classes, self.input_size, self.train_view = tuple(classes), input_size, train_view
+        self._check(given)
+        self._skipped = {name: split.skipped for name, split in given.items()}
+        fractions = {TEST: test_fraction, VAL: val_fraction}
+        self._splits, self._carved = dict(given), set()
+        for name, fraction in fractions.items():
+            if not 0 <= fraction < 1:
+                raise SettingsError(f"{name}_fraction must be in [0, 1), got {fraction}")
+            if name not in given and fraction > 0:
+                self._carve(name, fraction, key("carve", name, *([split_seed] if name == VAL else [])))
+        self._notes = tuple(notes)
+
+    def train(self) -> Any:
+        """Training images as an evaluation sees them; to train, take `stream`."""
+        return self._split(TRAIN)
+
+    def val(self) -> Any:
+        """What choices are made by. Raises SettingsError where there is none."""
+        return self._split(VAL)
+
+    def test(self) -> Any:
+        """To be read once, at the end. Raises SettingsError where there is none."""
+        return self._split(TEST)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are."""
+        return tuple(name for name in SPLITS if name in self._splits)
+
+    def stream(self, batch_size: int, workers: int = 0) -> Stream:
+        """Training batches; see `Stream`."""
+        data = self.train()
+        if self.train_view is None:
+            return Stream(data, batch_size, workers)
+        return Stream(data.as_stored(), batch_size, workers, transform=self.train_view)
+
+    def describe(self) -> Account:
+        """What is used, left out and there twice."""
+        return Account(
+            type(self).__name__,
+            self.classes,
+            self.input_size,
+            isinstance(self._splits[TRAIN].data, TensorData),
+            {name: self._account(name) for name in self.splits},
+            self._notes,
+        )
+
+    def _split(self, name: str) -> Any:
+        if name not in self._splits:
+            raise SettingsError(f"there is no {name} split, and {name}_fraction=0 carves none from the training images")
+        return self._splits[name].data
+
+    def _check(self, given: Mapping[str, Split]) -> None:
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise SettingsError(f"class names must be distinct and at least one, got {list(self.classes)}")
+        for name in (TRAIN, *given):
+            if name not in SPLITS:
+                raise SettingsError(f"a split is one of {', '.join(SPLITS)}, got {name!r}")
+            if name not in given or not len(given[name].label):
+                raise SettingsError(f"{type(self).__name__} has no {name} image")
+        for name, split in given.items():
+            low, high = int(split.label.min()), int(split.label.max())
+            if low < -1 or high >= len(self.classes):
+                raise SettingsError(
+                    f"labels of {name} are {low} to {high}, but there are {len(self.classes)} classes: "
+                    f"they must be 0 to {len(self.classes) - 1}, or -1 for none"
+                )
+
+    def _carve(self, name: str, fraction: float, seed: int) -> None:
+        whole = self._splits[TRAIN]
+        taken = carve(whole.label, whole.digest, fraction, seed)
+        if not taken.any():
+            raise SettingsError(
+                f"no {name} split can be carved: every class has one image. Give one, or set {name}_fraction=0"
+            )
+        self._splits[name] = whole.select(taken.nonzero()[:, 0])
+        self._splits[TRAIN] = whole.select((~taken).nonzero()[:, 0])
+        self._carved.add(name)
+
+    def _account(self, name: str) -> SplitAccount:
+        split, train = self._splits[name], self._splits[TRAIN]
+        digest, known = split.digest, None if train.digest is None else set(train.digest)
+        counts = split.label[split.label >= 0].bincount(minlength=len(self.classes))
+        return SplitAccount(
+            used=len(split.label),
+            skipped=self._skipped.get(name, ()),
+            doubled=None if digest is None else len(digest) - len(set(digest)),
+            in_train=None if None in (digest, known) or name == TRAIN else sum(each in known for each in digest),
+            per_class=tuple(counts.tolist()),
+            unlabelled=int((split.label < 0).sum()),
+            carved=name in self._carved,
+        )
+
+
+def carve(label: Tensor, digest: Sequence[Any] | None, fraction: float, seed: int) -> Tensor:
+    """Bool `[N]`: a share of each class, drawn by `seed`; rows of equal digest stay on one side.
+
+    Rows without a label (-1) are never drawn.
+    """
+    owner = _owners(digest, len(label))
+    first = owner == torch.arange(len(label))
+    shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    shuffled = shuffled[first[shuffled]]
+    taken = torch.zeros(len(label), dtype=torch.bool)
+    for number in label[label >= 0].unique():
+        rows = shuffled[label[shuffled] == number]
+        taken[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+    return taken[owner]
+
+
+def _owners(digest: Sequence[Any] | None, count: int) -> Tensor:
+    """Int64 `[N]`: the first row with the same digest."""
+    if digest is None:
+        return torch.arange(count)
+    first: dict[Any, int] = {}
+    return torch.tensor([first.setdefault(each, row) for row, each in enumerate(digest)])
+
+
+def _counts(split: SplitAccount) -> str:
+    said = [f"{split.used} used", f"{len(split.skipped)} skipped"]
+    said.append("doubled not known" if split.doubled is None else f"{split.doubled} doubled")
+    if split.in_train:
+        said.append(f"{split.in_train} also in train")
+    if split.unlabelled:
+        said.append(f"{split.unlabelled} without a label")
+    if split.carved:
+        said.append("carved from train")
+    return ", ".join(said)

@@ -1,0 +1,76 @@
+"""Nets of a few thousand parameters, for images of a few pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class SmallConvNet(nn.Module):
+    """3x3 convolutions, one per stage, each but the first at half the resolution; then the mean and a linear layer.
+
+    Args:
+        widths: channels of each stage.
+        norm: "group" normalises each image on its own (one group), "batch" over the batch, "none" not at all.
+        in_channels, num_classes: of the images and the task.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (16, 32),
+        norm: Literal["group", "batch", "none"] = "group",
+        in_channels: int = 1,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stages = nn.ModuleList(
+            _stage(before, after, 1 if number == 0 else 2, norm)
+            for number, (before, after) in enumerate(pairwise((in_channels, *widths)))
+        )
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return self.forward_head(x)
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The last stage's output, and those of the stages in `indices` (None: all), as timm's models give them."""
+        features = []
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if indices is None or number in indices:
+                features.append(x)
+        return x, features
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((-2, -1)))
+
+
+class SmallMLP(nn.Sequential):
+    """Linear layers with ReLU on flattened images; it has no stages.
+
+    Args:
+        in_features: pixels times channels of an image.
+        hidden: widths of the hidden layers.
+        num_classes: of the task.
+    """
+
+    def __init__(self, in_features: int = 64, hidden: Sequence[int] = (32,), num_classes: int = 10) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in pairwise((in_features, *hidden)):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], num_classes))
+        self.num_classes = num_classes
+
+
+def _stage(before: int, after: int, stride: int, norm: str) -> nn.Sequential:
+    norms = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(1, channels), "none": nn.Identity}
+    if norm not in norms:
+        raise ValueError(f"norm must be one of {sorted(norms)}, got {norm!r}")
+    convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=norm == "none")
+    return nn.Sequential(convolution, norms[norm](after), nn.ReLU())
