@@ -57,7 +57,8 @@ def distiller(terms: dict[str, Term], batch_size: int = 4, labelled: int = 12, *
 def prepared(method: Distiller, step: int = 0) -> dict:
     stream = method.streams["train"]
     batch = {"train": next(stream.open(step, [(0, stream.batch_size)], key(0, "train")))[0]}
-    draw = Draw(0, step, {"": (0, stream.batch_size)}, 1, torch.device("cpu"), torch.float64)
+    rows = (0, stream.batch_size)
+    draw = Draw(0, step, {"": rows, "train": rows}, 1, torch.device("cpu"), torch.float64)
     with torch.no_grad():
         return method.prepare(batch, draw, frozenset({"student"}))
 

@@ -50,9 +50,7 @@ def edm_loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     return sigma**-2 + sigma_data**-2
 
 
-def _target(
-    x0: Tensor, noise: Tensor | None, prediction_type: str, alpha: Time | None, sigma: Time | None
-) -> Tensor:
+def _target(x0: Tensor, noise: Tensor | None, prediction_type: str, alpha: Time | None, sigma: Time | None) -> Tensor:
     choose("prediction_type", prediction_type, TARGETS)
     if prediction_type == "x0":
         return x0

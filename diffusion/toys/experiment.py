@@ -38,13 +38,9 @@ class RingTeacher(Method):
         sigma_data: of EDM's weight, which makes all noise levels count alike.
     """
 
-    def __init__(
-        self, width: int = 128, depth: int = 3, times: TimeLaw | None = None, sigma_data: float = 0.5
-    ) -> None:
+    def __init__(self, width: int = 128, depth: int = 3, times: TimeLaw | None = None, sigma_data: float = 0.5) -> None:
         denoiser = toy_denoiser(width, depth)
-        super().__init__(
-            players={"teacher": denoiser}, frozen={"exact": exact_denoiser(ring(), denoiser.process)}
-        )
+        super().__init__(players={"teacher": denoiser}, frozen={"exact": exact_denoiser(ring(), denoiser.process)})
         self.process, self.sigma_data = denoiser.process, sigma_data
         self.times = times or self.process.time_law()
 

@@ -362,9 +362,7 @@ def test_flow_euler_of_diffusers_and_exact_flow_maps(load, shift):
     process = FlowProcess()
     x0 = gaussian_x0(case, process)
     expected = case[f"flow_euler_shift{shift}"]
-    _, states = euler(
-        x0, case["z"], expected["sigmas"].double(), process, prediction_type="x0", return_trajectory=True
-    )
+    _, states = euler(x0, case["z"], expected["sigmas"].double(), process, prediction_type="x0", return_trajectory=True)
     close(states, expected["states"], rtol=1e-5, atol=1e-5)
     expected = case[f"flow_map_shift{shift}"]
     close(FlowProcess(float(shift)).timesteps(4), expected["sigmas"], rtol=1e-12, atol=0)
