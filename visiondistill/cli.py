@@ -18,6 +18,9 @@ USAGE = """usage: visiondistill <verb> [options]
   demo [--output_dir DIR] [--seeds N]       a first distillation on real digits, in minutes on a CPU
   demo ring [--output_dir DIR] [--seed N]   a one-step generator distilled from a many-step teacher
   train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
+  finetune [--key value]                    train --recipe finetune: a teacher for the classes of your folder
+  evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)
+  methods [NAME]                            the recipes that there are, or one of them whole
   benchmark step                            the loop's cost against a hand-written one
 
   visiondistill <verb> --help               what a verb takes
@@ -27,7 +30,13 @@ USAGE = """usage: visiondistill <verb> [options]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 2 wrong input, 3 not finite, 128 + n on signal n)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    verbs: dict[str, Callable[[list[str]], int]] = {"demo": demo, "train": train, "benchmark": benchmark}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "demo": demo,
+        "train": train,
+        "finetune": finetune,
+        "evaluate": evaluate,
+    }
+    verbs |= {"methods": methods, "benchmark": benchmark}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -87,6 +96,60 @@ def train(words: list[str]) -> int:
     if process_index() == 0:
         print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+
+
+def finetune(words: list[str]) -> int:
+    """usage: visiondistill finetune [--dotted.key value ...]
+
+    The same as train --recipe finetune: puts a new head on a pretrained timm model, for the
+    classes of your folder (--student.name NAME --data.root DIR).
+    """
+    return 0 if asks_help(words, finetune) else train(["--recipe", "finetune", *words])
+
+
+def evaluate(words: list[str]) -> int:
+    """usage: visiondistill evaluate accuracy|cost --run DIR
+              visiondistill evaluate accuracy|cost --model NAME|EXPORT [--data.root DIR] [--output_dir DIR]
+
+    accuracy: top-1/5, NLL, calibration, agreement with the teacher, per-class table and plots on
+    the test images. cost: parameters, operations, latency and throughput.
+    """
+    if asks_help(words, evaluate):
+        return 0
+    if words[:1] not in (["accuracy"], ["cost"]):
+        print(help_of(evaluate), file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    from visiondistill import recipes
+    from visiondistill.eval import cost_table
+    from visiondistill.measure import accuracy, cost
+
+    changes = recipes.parse_overrides(words[1:])
+    if words[0] == "cost":
+        Console().print(cost_table(cost(changes)))
+    else:
+        report = accuracy(changes)
+        Console().print(report.table(), report.class_table())
+    return 0
+
+
+def methods(words: list[str]) -> int:
+    """usage: visiondistill methods [NAME]
+
+    Lists the recipes that come with the package, or prints one of them with its bases merged in.
+    """
+    if asks_help(words, methods):
+        return 0
+    from visiondistill import recipes
+
+    if words:
+        config = recipes.load(words[0])
+        print(recipes.about(words[0]), recipes.dump(config), sep="\n", end="")
+        return 0
+    for name in recipes.names():
+        print(f"{name:<16} {recipes.about(name).splitlines()[0]}")
+    return 0
 
 
 def demo(words: list[str]) -> int:

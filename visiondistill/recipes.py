@@ -18,6 +18,7 @@ the second stage on, so is its first argument, with what the previous stage hand
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,13 @@ def names() -> list[str]:
     return sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
 
 
+def about(name: str) -> str:
+    """The comment on top of a recipe that comes with the package: what it is, and how it is called."""
+    lines = _path_of(name).read_text().splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").strip() for line in comment) or name
+
+
 def load(recipe: str | Path) -> Config:
     """Read a recipe by file, or by the name that it has in `configs/` ("smoke/kd"), bases merged in.
 
@@ -84,13 +92,7 @@ def load(recipe: str | Path) -> Config:
 
 
 def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
-    path = Path(recipe)
-    if not path.is_file():
-        path = folder() / f"{recipe}.yaml"
-    if not path.is_file():
-        close = schema.nearest(str(recipe), names())
-        raise RecipeError(f"no recipe {str(recipe)!r}{close}: name a YAML file or one of {', '.join(names())}")
-    path = path.resolve()
+    path = _path_of(recipe).resolve()
     if path in seen:
         raise RecipeError(f"{path}: its `base` leads back to itself")
     try:
@@ -102,6 +104,16 @@ def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
         raise RecipeError(f"{path} must be a mapping of {', '.join(TOP)}")
     base = config.pop("base", None)
     return config if base is None else merge(_load(base, (*seen, path)), config)
+
+
+def _path_of(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if not path.is_file():
+        path = folder() / f"{recipe}.yaml"
+    if not path.is_file():
+        close = schema.nearest(str(recipe), names())
+        raise RecipeError(f"no recipe {str(recipe)!r}{close}: name a YAML file or one of {', '.join(names())}")
+    return path
 
 
 def merge(base: Config, changes: Config) -> Config:

@@ -59,6 +59,8 @@ def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] 
         print("\n".join(facts.lines()), flush=True)
     if dry_run:
         return None
+    # What was given as an object is in no file: better absent from the recipe than named wrongly.
+    config = {name: node for name, node in config.items() if name not in (given or {})}
     result = train(plan.stages, plan.run, config=recipes.dump(config))
     if process_index() == 0:
         (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
