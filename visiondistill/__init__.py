@@ -19,7 +19,19 @@ _HOME = {
     "Stage": "visiondistill.engine",
     "train": "visiondistill.engine",
 }
-_SUBMODULES = ("data", "engine", "eval", "heads", "losses", "models", "teachers", "terms", "weighting")
+_SUBMODULES = (
+    "augmentors",
+    "data",
+    "engine",
+    "eval",
+    "export",
+    "heads",
+    "losses",
+    "models",
+    "teachers",
+    "terms",
+    "weighting",
+)
 
 __all__ = [*_HOME, *_SUBMODULES]
 

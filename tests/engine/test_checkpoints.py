@@ -209,3 +209,28 @@ def test_a_trainable_tensor_of_nobody_is_refused(tmp_path: Path) -> None:
     method.stray = nn.Linear(2, 2)
     with pytest.raises(SettingsError, match=r"stray\.weight"):
         run(tmp_path, method)
+
+
+class Law:
+    """A plain object that a method may be told."""
+
+    def __init__(self, low: float) -> None:
+        self.low = low
+
+
+@pytest.mark.parametrize(
+    ("told", "other"),
+    [({"kd": 0.9}, {"kd": 0.8}), ((1, 2), (1, 3)), (Law(0.1), Law(0.2)), (Optim(lr=1.0), Optim(lr=2.0))],
+)
+def test_what_a_method_was_told_is_compared_on_resume(tmp_path: Path, told: object, other: object) -> None:
+    first, second = Regression(), Regression()
+    first.told, second.told = told, other
+    run(tmp_path, first)
+    with pytest.raises(ResumeError, match=r"hyperparameters\.method\.told"):
+        run(tmp_path, second, resume="auto")
+
+
+def test_shared_draws_take_any_shape() -> None:
+    draw = Draw(0, 0, {"": (0, 4)}, 2, torch.device("cpu"))
+    assert draw.shared.integers("exit", 0, 10).shape == ()
+    assert draw.shared.normal("z", 2, 3).shape == (2, 3)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -175,24 +175,29 @@ def _plain(thing: object) -> dict[str, Any]:
     """What a module or stream was told, as plain data: all its public attributes that can be that."""
     # Counters and caches are private by convention; `workers` cannot change a batch.
     left_out = ("training", "workers")
-    public = {name: value for name, value in vars(thing).items() if name[0] != "_" and name not in left_out}
-    told = {name: _data(value) for name, value in sorted(public.items())}
-    return {name: value for name, value in told.items() if value is not None}
+    told = {}
+    for name, value in sorted(vars(thing).items()):
+        if name[0] != "_" and name not in left_out and not isinstance(value, nn.Module):
+            with suppress(TypeError):
+                told[name] = _data(value)
+    return told
 
 
-def _data(value: object) -> Any | None:
-    """`value` as plain data, None where it is not."""
-    if isinstance(value, bool | int | float | str):
+def _data(value: object) -> Any:
+    """`value` as plain data; objects are what their public attributes are.
+
+    Raises:
+        TypeError: it holds something else (tensors, modules, functions, data sets).
+    """
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return _data(dict(vars(value)))
     if isinstance(value, dict):
-        entries = {str(name): _data(entry) for name, entry in value.items()}
-        return entries if all(entry is not None for entry in entries.values()) else None
+        return {str(name): _data(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        entries = [_data(entry) for entry in value]
-        return entries if all(entry is not None for entry in entries) else None
-    return None
+        return [_data(entry) for entry in value]
+    if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | Callable):
+        return {name: _data(entry) for name, entry in vars(value).items() if name[0] != "_"}
+    raise TypeError(type(value).__name__)
 
 
 def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:

@@ -102,4 +102,4 @@ class Shared:
 
     def _empty(self, tag: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._draw._seed(tag, "shared")
-        return torch.empty(*shape, dtype=dtype, device=self._draw.device)
+        return torch.empty(shape, dtype=dtype, device=self._draw.device)
