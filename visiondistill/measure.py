@@ -39,6 +39,7 @@ def accuracy(changes: recipes.Config) -> AccuracyReport:
         teacher=teacher,
         classes=source.classes,
         data_info={"split": "test"} | source.describe().as_dict(),
+        **source.crop,
     )
     report.write(folder)
     return report

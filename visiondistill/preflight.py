@@ -158,19 +158,14 @@ def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -
 
 
 def _check_classes(plan: Plan) -> None:
-    from visiondistill.models import as_network, require_classes
+    from visiondistill.models import as_network
 
     if plan.source is None:
         return
-    classes = len(plan.source.classes)
     for role in ("teacher", "student"):
         network = getattr(plan, role)
-        if network is None or not hasattr(network, "forward"):
+        if network is None:
             continue
-        try:
-            require_classes(network, classes)
-        except ValueError as error:
-            raise SettingsError(f"{role}: {error}") from error
         config = getattr(as_network(network).model, "pretrained_cfg", None) or {}
         names = config.get("label_names") if isinstance(config, Mapping) else None
         if names and list(names) != list(plan.source.classes):

@@ -263,6 +263,8 @@ def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
     if "teacher" in config and built.teacher is None:
         with _seeded(run.seed, "teacher"):
             built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
+    if built.source is not None:
+        _require_classes(built, len(built.source.classes))
     shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
     for index, (name, where, node) in enumerate(_stages(config)):
         target = schema.resolve(node["method"]["class_path"], f"{where}method")
@@ -344,6 +346,19 @@ def _fitted(node: Config, source: Source | None) -> Config:
     if source.input_size is not None and not own.get("pretrained", False):
         fitted["input_size"] = source.input_size
     return {name: value for name, value in fitted.items() if name in takes and name not in own}
+
+
+def _require_classes(built: Plan, classes: int) -> None:
+    """Said before a method is built of networks that do not agree: here the cure is known."""
+    from visiondistill.models import require_classes
+
+    for role in ("teacher", "student"):
+        network = getattr(built, role)
+        if network is not None:
+            try:
+                require_classes(network, classes)
+            except ValueError as error:
+                raise RecipeError(f"{role}: {error}") from error
 
 
 def _require_class(node: Any, where: str) -> None:

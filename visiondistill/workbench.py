@@ -117,6 +117,7 @@ def _finish(
         classes=source.classes,
         data_info={"split": "test"} | account,
         weights=weights,
+        **source.crop,
     )
     metrics, exported = report.to_dict(), None
     if process_index() == 0:
@@ -130,7 +131,7 @@ def _finish(
             method={"recipe": dict(config)},
             metrics=metrics,
         )
-        exported = export_run(result, classes=source.classes, about=about, input_size=source.input_size)
+        exported = export_run(result, classes=source.classes, about=about, input_size=source.input_size, **source.crop)
         _plot(result.history, result.output_dir / "curves.png")
         if plan.run.progress:
             _show(report, exported)

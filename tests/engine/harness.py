@@ -104,7 +104,7 @@ def train_stages(
     starts = itertools.accumulate((stage.steps for stage in stages), initial=0)
     result, error = None, ""
     try:
-        result = train([_noted(stage, built, adjust, start) for stage, start in zip(stages, starts)], run)  # noqa: B905
+        result = train([_noted(stage, built, adjust, start) for stage, start in zip(stages, starts, strict=False)], run)
     except TrainingError as caught:
         error = f"{type(caught).__name__}: {caught}"
     return Outcome(
@@ -192,7 +192,7 @@ def play_all(jobs: Sequence[Job], folder: Path) -> dict[str, Outcome]:
     return {job.name: play(job, folder) for job in jobs}
 
 
-def spawn(jobs: Sequence[Job], folder: Path, processes: int = 2, timeout: float = 300.0) -> dict[str, list[Outcome]]:
+def spawn(jobs: Sequence[Job], folder: Path, processes: int = 2, timeout: float = 600.0) -> dict[str, list[Outcome]]:
     """Play `jobs` in sequence under `processes` processes; one outcome per rank for each job's name.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,6 +109,13 @@ class EncodedSource(Source):
             _random_view(reading, size),
             notes,
         )
+        self._reading = reading
+
+    @property
+    def crop(self) -> dict[str, Any]:
+        if self._reading.view is None:
+            return super().crop
+        return {"crop_pct": self._reading.crop_pct, "crop_mode": "center"}
 
 
 def _looks(files: Mapping[str, Encoded], reading: Reading) -> dict[str, list[Look]]:

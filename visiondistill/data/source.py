@@ -159,6 +159,11 @@ class Source:
         return self._split(TEST)
 
     @property
+    def crop(self) -> dict[str, Any]:
+        """How an evaluation cuts images before a network sees them, as `eval.preprocessing` takes it."""
+        return {"crop_pct": 1.0, "crop_mode": "squash"}
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits that there are."""
         return tuple(name for name in SPLITS if name in self._splits)

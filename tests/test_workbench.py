@@ -1,0 +1,102 @@
+"""From a recipe to a measured and exported student, as a notebook and the command line do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visiondistill.cli import main
+from visiondistill.data import EmbeddedDigits
+from visiondistill.engine.errors import SettingsError
+from visiondistill.export.reopen import open_export
+from visiondistill.models import SmallConvNet
+from visiondistill.schema import RecipeError
+from visiondistill.workbench import distill
+
+QUIET = {"run__progress": False, "run__device": "cpu", "run__log_every": 20}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    settings = {"steps": 120, "optim__student__lr": 1e-2, "run__output_dir": str(folder), **QUIET}
+    return distill(SmallConvNet([16, 32]), None, EmbeddedDigits(), recipe="finetune", **settings)
+
+
+def test_a_notebook_distils_in_one_call(teacher, tmp_path: Path) -> None:
+    assert teacher.metrics["accuracy"] > 0.8
+    student = SmallConvNet([8, 16])
+    settings = {"steps": 100, "optim__student": {"lr": 1e-2}, "run__output_dir": str(tmp_path / "run"), **QUIET}
+    outcome = distill(student, teacher.student, EmbeddedDigits(), recipe="kd", **settings)
+    assert outcome.facts.teacher_accuracy > 0.8
+    assert outcome.metrics["teacher"]["agreement"] > 0.5
+    assert {path.name for path in outcome.folder.iterdir()} >= {
+        *("config.yaml", "env.json", "metrics.jsonl", "preflight.json", "curves.png"),
+        *("checkpoints", "evaluation", "export"),
+    }
+    network, facts = open_export(outcome.folder / "export")
+    images = EmbeddedDigits().test().rows(torch.arange(500))
+    right = (network(images["image"]).logits.argmax(1) == images["label"]).sum().item()
+    assert right == round(outcome.metrics["accuracy"] * 500)
+    assert facts["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_a_teacher_at_chance_stops_the_run_before_anything_is_written(tmp_path: Path) -> None:
+    settings = {"steps": 5, "run__output_dir": str(tmp_path / "run"), **QUIET}
+    with pytest.raises(SettingsError, match="is chance"):
+        distill(SmallConvNet([8]), SmallConvNet([8]), EmbeddedDigits(), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_classes_than_the_data_are_refused(tmp_path: Path) -> None:
+    settings = {"steps": 5, "run__output_dir": str(tmp_path / "run"), **QUIET}
+    with pytest.raises(RecipeError, match=r"teacher: .*7 classes"):
+        distill(SmallConvNet([8]), SmallConvNet([8], num_classes=7), EmbeddedDigits(), **settings)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 12 grey images, told apart by their brightness."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(["dark", "light", "medium"]):
+        (root / name).mkdir()
+        for index in range(12):
+            level = {"dark": 40, "medium": 120, "light": 200}[name]
+            pixels = generator.integers(level - 20, level + 20, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}_{index}.png")
+    return root
+
+
+def test_the_command_line_trains_on_a_folder_and_measures_again(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    words = ["finetune", "--data.root", str(photos), "--student.class_path", "visiondistill.models.SmallConvNet"]
+    words += ["--student.widths", "[8]", "--student.in_channels", "3", "--student.num_classes", "3"]
+    words += ["--steps", "40", "--optim.student.lr", "0.01"]
+    words += ["--run.batch_size", "8", "--run.output_dir", str(run), "--run.device", "cpu"]
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "3 classes (dark, light, medium)" in told
+    assert "carved from train" in told
+    assert not run.exists()
+    assert main(words) == 0
+    before = json.loads((run / "evaluation" / "accuracy.json").read_text())
+    assert main(["evaluate", "accuracy", "--run", str(run), "--output_dir", str(tmp_path / "again")]) == 0
+    after = json.loads((tmp_path / "again" / "accuracy.json").read_text())
+    assert (after["accuracy"], after["n"]) == (before["accuracy"], before["n"])
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture) -> None:
+    assert main(["methods"]) == 0
+    assert "kd " in capsys.readouterr().out
+    assert main(["methods", "kd"]) == 0
+    assert "temperature: 4.0" in capsys.readouterr().out
+    assert main(["methods", "kdd"]) == 2
