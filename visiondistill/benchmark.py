@@ -21,24 +21,26 @@ from visiondistill.data import Stream, TensorData
 from visiondistill.engine import Batch, Carry, Draw, Method, Optim, Run, Stage, Terms, Turn, train
 
 CLASSES, FEATURES = 10, 64
+WARM_UP = 3
+"""Chunks that are not counted."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size: `width` of the hidden layers, rows, timed steps, and whether a second turn plays."""
+    """One size: `width` of the hidden layers, rows, steps in a chunk, and whether a second turn plays."""
 
     name: str
     width: int
     batch_size: int
-    steps: int
+    chunk: int
     two_turns: bool
     bound: float
 
 
 CASES = (
-    Case("one turn", width=64, batch_size=64, steps=600, two_turns=False, bound=1.20),
-    Case("two turns", width=64, batch_size=64, steps=600, two_turns=True, bound=1.20),
-    Case("compute-bound", width=2048, batch_size=256, steps=12, two_turns=False, bound=1.02),
+    Case("one turn", width=64, batch_size=64, chunk=20, two_turns=False, bound=1.20),
+    Case("two turns", width=64, batch_size=64, chunk=20, two_turns=True, bound=1.20),
+    Case("compute-bound", width=1024, batch_size=1024, chunk=1, two_turns=False, bound=1.02),
 )
 
 
@@ -54,6 +56,7 @@ class MlpDistillation(Method):
     def __init__(self, case: Case, stream: Stream) -> None:
         players = {"student": mlp(case.width)} | ({"second": mlp(case.width)} if case.two_turns else {})
         super().__init__(players, {"teacher": mlp(case.width)}, {"train": stream})
+        self.case = case
 
     def turns(self) -> tuple[Turn, ...]:
         losses: dict[str, Callable[[Batch], tuple[Terms, Carry]]] = {"student": self.student, "second": self.second}
@@ -111,74 +114,69 @@ class Bare:
         return (perf_counter() - started) / steps
 
 
-def _engine_seconds_per_step(case: Case, data: TensorData, folder: Path) -> float:
-    warm_up = max(20, case.steps // 4)
-    run = Run(
-        output_dir=str(folder),
-        batch_size=case.batch_size,
-        log_every=case.steps,
-        checkpoint_every=10**9,
-        proof_window=0,
-        progress=False,
-        device="cpu" if data.device.type == "cpu" else "cuda",
-    )
-    method = _Clocked(case, Stream(data, case.batch_size), warm_up)
-    train([Stage(method, warm_up + case.steps, {"default": Optim(lr=1e-3)})], run)
-    return method.seconds / case.steps
+class _Interleaved(MlpDistillation):
+    """Stops every `chunk` steps, before the batch is prepared, to time as many steps of the bare loop.
 
+    The machine's moods then meet both loops alike. The engine's time runs from the end of one stop
+    to the beginning of the next: whole steps with everything that belongs to them.
+    """
 
-class _Clocked(MlpDistillation):
-    """Reads the clock when step `start` is prepared, and once more when the run hands over."""
-
-    def __init__(self, case: Case, stream: Stream, start: int) -> None:
+    def __init__(self, case: Case, stream: Stream, bare: Bare) -> None:
         super().__init__(case, stream)
-        self.clock = (start, start + case.steps - 1)
-        self.seconds = 0.0
+        self.bare, self.pairs, self._resumed = bare, [], 0.0
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
-        if draw.step in self.clock:
-            self.seconds = perf_counter() - self.seconds
+        if draw.step % self.case.chunk == 0:
+            engine = (perf_counter() - self._resumed) / self.case.chunk
+            with torch.enable_grad():
+                by_hand = self.bare.seconds_per_step(self.case.chunk)
+            self.pairs.append((by_hand, engine))
+            self._resumed = perf_counter()
         return super().prepare(batch, draw, due)
 
 
-def measure(case: Case, repeats: int) -> tuple[float, float, list[float]]:
-    """Median seconds per step of the bare loop and of the engine, and the ratio of each pair."""
+def measure(case: Case, pairs: int) -> list[tuple[float, float]]:
+    """Seconds per step of the bare loop and of the engine, in `pairs` of chunks after a warm-up."""
     torch.manual_seed(0)
     features = torch.randn(4096, FEATURES)
-    data = TensorData({"features": features, "label": (features[:, :CLASSES]).argmax(1)})
-    bare = Bare(case, data)
-    bare.seconds_per_step(max(20, case.steps // 4))
-    pairs = []
+    data = TensorData({"features": features, "label": features[:, :CLASSES].argmax(1)})
+    method = _Interleaved(case, Stream(data, case.batch_size), Bare(case, data))
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(repeats):
-            by_hand = bare.seconds_per_step(case.steps)
-            pairs.append((by_hand, _engine_seconds_per_step(case, data, Path(folder) / str(repeat))))
-    return (
-        statistics.median(pair[0] for pair in pairs),
-        statistics.median(pair[1] for pair in pairs),
-        [engine / by_hand for by_hand, engine in pairs],
-    )
+        run = Run(
+            output_dir=str(Path(folder) / "run"),
+            batch_size=case.batch_size,
+            checkpoint_every=10**9,
+            proof_window=0,
+            progress=False,
+            device="cpu",
+        )
+        train([Stage(method, case.chunk * (pairs + WARM_UP) + 1, {"default": Optim(lr=1e-3)})], run)
+    return method.pairs[WARM_UP:]
 
 
-def benchmark_step(repeats: int = 7, cases: Sequence[Case] = CASES) -> dict[str, float]:
+def benchmark_step(pairs: int = 60, cases: Sequence[Case] = CASES) -> dict[str, float]:
     """Measure every case and print a table; returns the median ratios by case."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"one step, engine over hand-written loop ({torch.get_num_threads()} threads, {repeats} pairs)")
-    for column in ("case", "hand-written", "engine", "ratio (median)", "spread", "bound"):
+    table = Table(
+        title=f"one step, engine over hand-written loop (median of {pairs} interleaved chunks, "
+        f"{torch.get_num_threads()} threads)"
+    )
+    for column in ("case", "hand-written", "engine", "ratio", "quartiles", "bound"):
         table.add_column(column, justify="left" if column == "case" else "right")
     medians = {}
     for case in cases:
-        by_hand, engine, ratios = measure(case, repeats)
-        medians[case.name] = statistics.median(ratios)
-        spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
+        found = measure(case, pairs)
+        ratios = [engine / by_hand for by_hand, engine in found]
+        low, medians[case.name], high = statistics.quantiles(ratios, n=4)
+        by_hand, engine = (statistics.median(side) for side in zip(*found, strict=True))
         table.add_row(
             case.name,
             f"{by_hand * 1e6:.0f} us",
             f"{engine * 1e6:.0f} us",
             f"{medians[case.name]:.3f}",
-            spread,
+            f"{low:.3f} - {high:.3f}",
             f"{case.bound:.2f}",
         )
     Console().print(table)

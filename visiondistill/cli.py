@@ -168,7 +168,7 @@ def demo(words: list[str]) -> int:
 
 
 def benchmark(words: list[str]) -> int:
-    """usage: visiondistill benchmark step [--repeats N]
+    """usage: visiondistill benchmark step [--pairs N]
 
     Times the engine's loop against a hand-written loop that does the same work, interleaved, and
     prints the ratios.
@@ -176,10 +176,10 @@ def benchmark(words: list[str]) -> int:
     if words[:1] != ["step"]:
         print(help_of(benchmark))
         return 0 if asks_help(words, benchmark, show=False) else 2
-    options = options_of(words[1:], benchmark, {"repeats": 7})
+    options = options_of(words[1:], benchmark, {"pairs": 60})
     if options is None:
         return 0
     from visiondistill.benchmark import benchmark_step
 
-    benchmark_step(repeats=options["repeats"])
+    benchmark_step(options["pairs"])
     return 0

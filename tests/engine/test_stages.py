@@ -28,7 +28,9 @@ class Fit(Method):
         return {"fit": F.mse_loss(self.players["player"](x), x.sin())}, {}
 
 
-def fit(lengths: tuple[int, ...], folder: Path, copies: bool = False) -> dict[str, Tensor]:
+def fit(
+    lengths: tuple[int, ...], folder: Path, copies: bool = False, warmup: bool = False
+) -> dict[str, Tensor]:
     """Weights and average of the last of several stages, each with the player of the one before, or a copy of it."""
 
     def again(player: nn.Module) -> Fit:
@@ -41,7 +43,7 @@ def fit(lengths: tuple[int, ...], folder: Path, copies: bool = False) -> dict[st
     optim = {"player": Optim(lr=0.1)}
     first = Stage(Fit(built(0, lambda: nn.Linear(3, 3))), lengths[0], optim, name="0")
     later = [Stage(again, length, optim, name=str(place)) for place, length in enumerate(lengths[1:], 1)]
-    outcome = train_stages([first, *later], {"batch_size": 4, "ema_decay": 0.9}, folder)
+    outcome = train_stages([first, *later], {"batch_size": 4, "ema_decay": 0.9, "ema_warmup": warmup}, folder)
     assert not outcome.error
     last = f"{len(lengths) - 1}."
     return {name: value for name, value in outcome.weights.items() if name.startswith(last)} | {
@@ -53,9 +55,10 @@ def unnumbered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.partition(".")[2]: value for name, value in weights.items()}
 
 
-def test_a_player_that_stays_keeps_its_optimiser_and_average(tmp_path: Path) -> None:
-    whole = unnumbered(fit((9,), tmp_path / "whole"))
-    assert_same(unnumbered(fit((4, 2, 3), tmp_path / "kept")), whole)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_a_player_that_stays_keeps_its_optimiser_and_average(warmup: bool, tmp_path: Path) -> None:
+    whole = unnumbered(fit((9,), tmp_path / "whole", warmup=warmup))
+    assert_same(unnumbered(fit((4, 2, 3), tmp_path / "kept", warmup=warmup)), whole)
     copied = unnumbered(fit((4, 2, 3), tmp_path / "copied", copies=True))
     assert not torch.equal(copied["players.player.weight"], whole["players.player.weight"])
 

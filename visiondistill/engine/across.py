@@ -12,6 +12,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+# The older name warns where the newer one exists.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
 
 def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -34,7 +37,7 @@ class _Mean(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return _ready(collectives.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD))
+        return _ready(_all_gather(x.contiguous(), 0, dist.group.WORLD))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:

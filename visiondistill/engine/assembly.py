@@ -26,6 +26,7 @@ class Kept:
     def __init__(self) -> None:
         self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self.averages: dict[nn.Module, Ema] = {}
+        self.updates: dict[nn.Module, int] = {}
 
 
 class Assembly:
@@ -50,10 +51,19 @@ class Assembly:
         self.turns: tuple[Turn, ...] = method.turns()
         _check_turns(self.turns, self.players, stage)
         self.ema = self._average(kept)
+        product = method.product()
+        self.updates_before = kept.updates.get(product, 0)
+        """Updates of the product in earlier stages, so that the average's warm-up goes on."""
+        kept.updates[product] = self.updates_before + self._product_updates(product)
         self.scales = {turn.name: LossScale(world.device) for turn in self.turns if run.mixed_precision == "fp16"}
         self.state = self._own_state()
         for name, module in method.players.items():
             kept.optimizers[module] = self.players[name].optimizer
+
+    def _product_updates(self, product: nn.Module) -> int:
+        own = {id(p) for p in product.parameters()}
+        moving = [t for t in self.turns if any(id(p) in own for name in t.moves for p in self.players[name].parameters)]
+        return max((turn.count(self.stage.steps) for turn in moving), default=0)
 
     def _settings(self, player: str) -> Optim:
         return self.stage.optim.get(player, self.stage.optim.get("default", Optim()))

@@ -61,7 +61,8 @@ class Turn:
             replaces the sum of the terms. The group of a term is its name up to the first "/".
         compile: False where the loss cannot become one graph (say why in the method).
         accumulate: False for losses that are not a mean over rows (bilevel, gradient matching):
-            the process's share of the batch is then prepared once more, whole.
+            the process's share of the batch is then prepared once more, whole. So too for losses
+            between rows: `gather_across` joins processes, not micro-batches.
     """
 
     name: str
@@ -145,8 +146,8 @@ class Method(nn.Module):
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         """Add to one micro-batch whatever the losses read: teacher outputs, noise, ramps.
 
-        Runs under `no_grad` and the run's autocast, before any turn of the step, with players in
-        the modes of the first due turn.
+        Runs under `no_grad` and the run's autocast, with players in the modes of the first due
+        turn. Every micro-batch is prepared before any turn of the step moves a player.
 
         Args:
             batch: `{stream name: batch of that stream}` on the run's device.

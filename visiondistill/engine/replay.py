@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visiondistill.engine import state
 from visiondistill.engine.method import Batch, Carry, Method, Turn
-from visiondistill.engine.rng import Draw, key, seed_default
+from visiondistill.engine.rng import Draw, Reseed
 from visiondistill.engine.tree import flatten
 
 
@@ -55,12 +55,13 @@ def examine(method: Method, batches: Sequence[Batch], meta: Mapping[str, Any]) -
         wrong += [path for path, tensor in flatten(raw) if _bad(tensor)]
         rows = {name: tuple(span) for name, span in meta["rows"][index].items()}
         draw = Draw(meta["seed"], meta["step"], rows, meta["noise_block"], method.device, getattr(torch, meta["dtype"]))
-        seed_default(method.device, key(meta["seed"], meta["step"], rows[""][0], "prepare"))
-        method.eval()
+        Reseed(method.device, meta["seed"], "prepare")(meta["step"], rows[""][0])
+        _set_modes(method, due[0])
         with torch.no_grad():
             batch = method.prepare(dict(raw), draw, frozenset(turn.name for turn in due))
         for turn in due:
-            seed_default(method.device, key(meta["seed"], meta["step"], index, turn.name, meta["rank"]))
+            Reseed(method.device, meta["seed"], turn.name, meta["rank"])(meta["step"], index)
+            _set_modes(method, turn)
             batch |= _play(method, turn, batch, terms, wrong)
     method.train()
     with torch.no_grad():
@@ -70,8 +71,6 @@ def examine(method: Method, batches: Sequence[Batch], meta: Mapping[str, Any]) -
 
 
 def _play(method: Method, turn: Turn, batch: Batch, terms: dict[str, float], wrong: list[str]) -> Carry:
-    for name, player in method.players.items():
-        player.train(name in turn.moves)
     named = {
         name: p
         for player in turn.moves
@@ -86,6 +85,11 @@ def _play(method: Method, turn: Turn, batch: Batch, terms: dict[str, float], wro
     gradients = torch.autograd.grad(sum(found.values()), list(named.values()), allow_unused=True)
     wrong += [f"{turn.name}: {n}" for n, g in zip(named, gradients, strict=True) if g is not None and _bad(g)]
     return {name: value.detach() for name, value in carry.items() if name != "skip"}
+
+
+def _set_modes(method: Method, turn: Turn) -> None:
+    for name, player in method.players.items():
+        player.train(name in turn.moves)
 
 
 def _bad(tensor: Tensor) -> bool:

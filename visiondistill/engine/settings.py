@@ -15,7 +15,8 @@ class Optim:
     """Optimiser, schedule and clipping of one player.
 
     Args:
-        name: a timm optimiser name ("adamw", "sgd", "lamb", ...). adam, adamw and sgd run fused.
+        name: a timm optimiser name ("adamw", "lamb", ...); timm's "sgd" is Nesterov's, "momentum" the
+            plain one. adam, adamw, sgd and momentum run fused.
         lr: peak learning rate.
         weight_decay: not applied to biases and norms (timm's rule).
         clip: greatest norm of the player's whole gradient; None leaves it alone.

@@ -21,7 +21,7 @@ from visiondistill.engine.errors import NoGradient, SettingsError
 from visiondistill.engine.method import Batch, Carry, Method, Terms, Turn
 from visiondistill.engine.players import Player
 from visiondistill.engine.proof import Proof
-from visiondistill.engine.rng import Draw, key, seed_default
+from visiondistill.engine.rng import Draw, Reseed
 from visiondistill.engine.shares import Rows, Shares
 from visiondistill.engine.tree import tree_join
 
@@ -111,6 +111,7 @@ class TurnRunner:
         self.moves_product = any(id(p) in followed for p in self.parameters)
         self.tracks = any(next(player.module.buffers(), None) is not None for player in self.movers)
         self.scale = context.assembly.scales.get(turn.name)
+        self.reseed = Reseed(context.world.device, context.run.seed, turn.name, context.world.rank)
         self.forward = self._wrap(turn.loss)
 
     def _wrap(self, loss: Callable[[Batch], tuple[Terms, Carry]]) -> Callable[[Batch], tuple[Terms, Carry]]:
@@ -146,7 +147,7 @@ class TurnRunner:
         seen: list[Terms] = []
         carries: list[Carry] = []
         for micro, batch in enumerate(batches):
-            seed_default(context.world.device, key(context.run.seed, step, micro, self.turn.name, context.world.rank))
+            self.reseed(step, micro)
             with self._reduction(last=micro == count - 1):
                 with context.autocast():
                     terms, carry = self.forward(batch)
@@ -163,8 +164,9 @@ class TurnRunner:
         if context.writes_state:
             with torch.no_grad():
                 context.write(context.method.after(self.turn.name, tree_join(carries)), hold)
-        average = self.turn.count(step) if self.moves_product and context.ema is not None else None
-        if average is not None:
+        average = None
+        if self.moves_product and context.ema is not None:
+            average = context.assembly.updates_before + self.turn.count(step)
             context.ema.update(average, hold)
         if context.proof is not None:
             context.proof.settled(self.turn, hold, average)
@@ -283,6 +285,7 @@ class Step:
         self.turns = [TurnRunner(turn, context) for turn in context.assembly.turns]
         self.draws = [self._draw(rows, shares) for rows in shares.micro]
         self.whole = self._draw(shares.whole, shares)
+        self.reseed = Reseed(context.world.device, context.run.seed, "prepare")
         self.prepares = type(context.method).prepare is not Method.prepare
         self.played: list[tuple[int, str, Terms]] = []
 
@@ -319,7 +322,7 @@ class Step:
         if not self.prepares:
             return raw
         context, draw.step = self.context, step
-        seed_default(context.world.device, key(context.run.seed, step, draw.rows[""][0], "prepare"))
+        self.reseed(step, draw.rows[""][0])
         with torch.no_grad(), context.autocast():
             return context.method.prepare(dict(raw), draw, due)
 

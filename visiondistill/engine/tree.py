@@ -25,7 +25,10 @@ def tree_join(trees: Sequence[Any]) -> Any:
         return {name: tree_join([tree[name] for tree in trees]) for name in first}
     if not isinstance(first, Tensor):
         return first
-    return torch.stack(list(trees)).mean(0) if first.ndim == 0 else torch.cat(list(trees))
+    if first.ndim:
+        return torch.cat(list(trees))
+    # A number that is not a measurement (an index, a flag) is the same in all of them.
+    return torch.stack(list(trees)).mean(0) if first.is_floating_point() else first
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
