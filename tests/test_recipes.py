@@ -14,10 +14,15 @@ RECIPES = sorted(str(p.relative_to(recipes.folder()).with_suffix("")) for p in r
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_builds_from_its_own_dump(name: str) -> None:
+def test_every_recipe_fits_the_signatures(name: str) -> None:
+    recipes.check(yaml.safe_load(recipes.dump(recipes.load(name))))
+    assert recipes.about(name) != name, "the comment on top says what the recipe is"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("smoke/")])
+def test_recipes_without_files_build(name: str) -> None:
     config = recipes.load(name)
-    again = yaml.safe_load(recipes.dump(config))
-    stages, run = recipes.build(again)
+    stages, run = recipes.build(config)
     assert [stage.name for stage in stages] == list(config["stages"])
     assert run.batch_size == config["run"]["batch_size"]
 
