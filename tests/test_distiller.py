@@ -20,11 +20,11 @@ from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.rng import key
 from visiondistill.eval import evaluate
 from visiondistill.heads import SingleHead
-from visiondistill.losses import kd_loss
+from visiondistill.losses import dist_loss, dkd_loss, kd_loss, standardize_logits
 from visiondistill.models import Network, SmallConvNet, SmallMLP
 from visiondistill.parts import Part
 from visiondistill.teachers import LiveTeacher, Teacher
-from visiondistill.terms import CE, KL, Hint, Needs, Term, View
+from visiondistill.terms import CE, DIST, DKD, KL, Hint, Needs, Term, View
 from visiondistill.weighting import Fixed, Ramp, Weighting
 
 GOLDEN = Path(__file__).parent / "golden" / "kd.json"
@@ -241,6 +241,32 @@ def test_any_split_into_micro_batches_is_the_same_run(tmp_path, labelled):
     assert curves[1].shape == (6, 3)
     for count in (2, 4):
         torch.testing.assert_close(curves[count], curves[1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_term_between_rows_sees_the_whole_batch_however_it_is_split(tmp_path):
+    curves = [play(distiller({"dist": DIST()}), tmp_path / str(n), grad_accum_steps=n).history for n in (1, 2)]
+    whole, split = ([line["student/dist"] for line in curve] for curve in curves)
+    assert split == pytest.approx(whole, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("term", "loss"),
+    [
+        (KL(2.0, standardize=True), lambda s, t, y: kd_loss(standardize_logits(s), standardize_logits(t), 2.0)),
+        (DKD(1.0, 2.0, 3.0), lambda s, t, y: dkd_loss(s, t, y, 1.0, 2.0, 3.0)),
+        (
+            DKD(standardize=True),
+            lambda s, t, y: dkd_loss(standardize_logits(s), standardize_logits(t), y, 1.0, 8.0, 4.0),
+        ),
+        (DIST(2.0, 3.0, 4.0), lambda s, t, y: dist_loss(s, t, 2.0, 3.0, 4.0)),
+    ],
+)
+def test_terms_are_their_losses(term, loss):
+    method = distiller({"term": term})
+    batch = prepared(method)
+    student = method.players["student"](batch["train"]["image"]).logits
+    expected = loss(student, batch["teacher"]["logits"], batch["train"]["label"])
+    torch.testing.assert_close(method.student_loss(batch)[0]["term"], expected)
 
 
 # --- the engine's promises, with this method

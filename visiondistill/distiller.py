@@ -97,7 +97,9 @@ class Distiller(Method):
         brought = [self._renamed(name, turn) for name, part in self.parts.items() for turn in part.turns()]
         elsewhere = {player for turn in brought for player in turn.moves} - {STUDENT}
         moves = tuple(player for player in self.players if player not in elsewhere)
-        return (Turn(STUDENT, self.student_loss, moves=moves), *brought)
+        # A term between rows must see them all, so that the batch cannot be split.
+        splits = all(needs.per_sample for needs in self.needs.values())
+        return (Turn(STUDENT, self.student_loss, moves=moves, accumulate=splits), *brought)
 
     def setup(self, streams: dict[str, Stream]) -> None:
         for part in self.parts.values():

@@ -16,7 +16,8 @@ NAMES = [str(number) for number in range(10)]
 
 def test_without_its_packages_onnx_is_refused_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "NEEDED", ("onnx", "no_such_package"))
-    with pytest.raises(ModuleNotFoundError, match=r"ONNX needs .*no_such_package: pip install 'visiondistill\[export\]'"):
+    cure = r"ONNX needs .*no_such_package: pip install 'visiondistill\[export\]'"
+    with pytest.raises(ModuleNotFoundError, match=cure):
         export(Network(SmallConvNet(), input_size=(1, 8, 8)), tmp_path / "export", classes=NAMES, onnx=True)
     assert list(tmp_path.iterdir()) == []
 

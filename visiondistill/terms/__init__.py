@@ -2,7 +2,9 @@
 
 from visiondistill.terms.base import Needs, Term, View
 from visiondistill.terms.ce import CE
+from visiondistill.terms.dist import DIST
+from visiondistill.terms.dkd import DKD
 from visiondistill.terms.hint import Hint
 from visiondistill.terms.kl import KL
 
-__all__ = ["CE", "KL", "Hint", "Needs", "Term", "View"]
+__all__ = ["CE", "DIST", "DKD", "KL", "Hint", "Needs", "Term", "View"]
