@@ -10,9 +10,9 @@ from visiondistill.options import options_of
 def demo_ring(words: list[str]) -> int:
     """usage: visiondistill demo ring [--output_dir DIR] [--seed N]
 
-    Trains a small many-step diffusion teacher on a ring of eight Gaussians, distils it by DMD2
-    into a one-step student, and compares both with the data: a table, and a picture in DIR
-    (default runs/ring).
+    Distils the exact many-step diffusion model of a ring of eight Gaussians by DMD2 into a
+    one-step student, and compares both with the data: a table, and a picture in DIR (default
+    runs/ring). Takes two minutes on one core.
     """
     options = options_of(words, demo_ring, {"output_dir": "runs/ring", "seed": 0})
     if options is None:

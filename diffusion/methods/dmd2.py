@@ -80,7 +80,10 @@ class DMD2(Method):
         if guidance_scale != 1 and conditions is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs conditions; 1 switches guidance off")
         super().__init__(
-            players={"student": student or _trainable(teacher), "fake_score": fake_score or _trainable(teacher)},
+            players={
+                "student": student or trainable_copy(teacher),
+                "fake_score": fake_score or trainable_copy(teacher),
+            },
             frozen={"teacher": teacher},
         )
         process = teacher.process
@@ -160,5 +163,6 @@ class DMD2(Method):
         )
 
 
-def _trainable(teacher: Denoiser) -> Denoiser:
+def trainable_copy(teacher: Denoiser) -> Denoiser:
+    """A copy of a denoiser, frozen or not, that a player can be."""
     return copy.deepcopy(teacher).requires_grad_(True)

@@ -1,6 +1,6 @@
 """A two-dimensional distribution whose scores are known exactly: the smallest honest experiment."""
 
-from diffusion.toys.experiment import RingTeacher, report_ring, run_ring, sample_student, sample_teacher
+from diffusion.toys.experiment import RingDMD2, RingRegression, report_ring, run_ring, sample_student, sample_teacher
 from diffusion.toys.metrics import energy_distance, ring_metrics
 from diffusion.toys.mixture import GaussianMixture, exact_denoiser, ring
 from diffusion.toys.network import MLP, toy_denoiser
@@ -9,7 +9,8 @@ from diffusion.toys.picture import draw_ring
 __all__ = [
     "MLP",
     "GaussianMixture",
-    "RingTeacher",
+    "RingDMD2",
+    "RingRegression",
     "draw_ring",
     "energy_distance",
     "exact_denoiser",

@@ -1,4 +1,4 @@
-"""The ring from end to end: regress a teacher on the exact denoiser, distil it, measure the student."""
+"""The ring from end to end: regress a network on the exact denoiser, distil the exact one into it, measure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss, edm_loss_weight
+from diffusion.methods.dmd2 import DMD2, trainable_copy
 from diffusion.process import TimeLaw
 from diffusion.samplers import heun, renoise
 from diffusion.toys.metrics import ring_metrics
@@ -29,8 +30,10 @@ HEUN_STEPS = 40
 Metrics = dict[str, dict[str, float]]
 
 
-class RingTeacher(Method):
+class RingRegression(Method):
     """Regress a small denoiser on the ring's exact posterior mean, at noised samples of the ring.
+
+    Student and critic start from it, as they start from copies of the teacher in image models.
 
     Args:
         width, depth: of the network.
@@ -40,12 +43,12 @@ class RingTeacher(Method):
 
     def __init__(self, width: int = 128, depth: int = 3, times: TimeLaw | None = None, sigma_data: float = 0.5) -> None:
         denoiser = toy_denoiser(width, depth)
-        super().__init__(players={"teacher": denoiser}, frozen={"exact": exact_denoiser(ring(), denoiser.process)})
+        super().__init__(players={"denoiser": denoiser}, frozen={"exact": exact_denoiser(ring(), denoiser.process)})
         self.process, self.sigma_data = denoiser.process, sigma_data
         self.times = times or self.process.time_law()
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("teacher", self.teacher_loss, moves=("teacher",)),)
+        return (Turn("regression", self.regression_loss, moves=("denoiser",)),)
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         mixture = self.frozen["exact"].network.mixture
@@ -54,14 +57,32 @@ class RingTeacher(Method):
         x_t = self.process.add_noise(x0, draw.normal("noise", 2), t)
         return batch | {"x_t": x_t, "t": t, "target": self.frozen["exact"](x_t, t).x0}
 
-    def teacher_loss(self, batch: Batch) -> tuple[Terms, Carry]:
-        prediction = self.players["teacher"](batch["x_t"], batch["t"])
+    def regression_loss(self, batch: Batch) -> tuple[Terms, Carry]:
+        prediction = self.players["denoiser"](batch["x_t"], batch["t"])
         weight = edm_loss_weight(batch["t"], self.sigma_data)
-        return {"regression": denoising_loss(prediction.x0, batch["target"], weight=weight)}, {}
+        return {"error": denoising_loss(prediction.x0, batch["target"], weight=weight)}, {}
+
+
+class RingDMD2(DMD2):
+    """DMD2 with the ring's exact denoiser as teacher; nothing but the distillation can then be wrong.
+
+    Args:
+        initial: the denoiser that student and critic start from.
+        student_every: as of `DMD2`.
+    """
+
+    def __init__(self, initial: Denoiser, student_every: int = 5) -> None:
+        super().__init__(
+            exact_denoiser(ring(), initial.process),
+            shape=(2,),
+            student=trainable_copy(initial),
+            fake_score=trainable_copy(initial),
+            student_every=student_every,
+        )
 
 
 def run_ring(seed: int = 0, output_dir: str | Path = "runs/ring", changes: Mapping[str, Any] | None = None) -> Metrics:
-    """Run the recipe `smoke/dmd2` (a teacher, then a one-step student by `DMD2`) and measure both.
+    """Run the recipe `smoke/dmd2` (a regression, then a one-step student by `DMD2`); measure teacher and student.
 
     Args:
         seed: of initial weights, training and evaluation.

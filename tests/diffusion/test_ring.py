@@ -120,8 +120,8 @@ def test_picture_is_written_without_pyplot(tmp_path):
 
 
 def test_dmd2_learns_the_ring_quickly(tmp_path):
-    """A seventh of the recipe (150 updates of the student) covers nine tenths of the way."""
-    changes = {"stages.teacher.steps": 400, "stages.dmd2.steps": 750, "run.ema_decay": 0.95}
+    """A tenth of the recipe (150 updates of the student) covers nine tenths of the way."""
+    changes = {"stages.regression.steps": 400, "stages.dmd2.steps": 750, "run.ema_decay": 0.95}
     metrics = run_ring(0, tmp_path, changes)
     assert metrics["teacher"]["energy_distance"] < UNTRAINED / 50
     assert metrics["student"]["energy_distance"] < UNTRAINED / 10
@@ -132,7 +132,7 @@ def test_dmd2_learns_the_ring_quickly(tmp_path):
 def test_the_recipe_runs_from_its_file_alone(tmp_path):
     config = recipes.override(
         recipes.load("smoke/dmd2"),
-        {"stages.teacher.steps": 2, "stages.dmd2.steps": 6, "run.output_dir": str(tmp_path), "run.progress": False},
+        {"stages.regression.steps": 2, "stages.dmd2.steps": 6, "run.output_dir": str(tmp_path), "run.progress": False},
     )
     result = recipes.run(config)
     assert result.step == 8
@@ -146,7 +146,8 @@ def test_every_option_of_dmd2_can_be_set_in_a_recipe():
         "conditions": {"class_path": "diffusion.conditions.ClassLabels", "init_args": {"num_classes": 3}},
         "student_steps": 4,
     }
-    changes = {f"stages.dmd2.method.init_args.{name}": value for name, value in options.items()}
+    node = {"class_path": "diffusion.methods.dmd2.DMD2", "init_args": {"shape": [2], **options}}
+    changes = {"stages.dmd2.method": node}
     stages, _ = recipes.build(recipes.override(recipes.load("smoke/dmd2"), changes))
     method = stages[1].method(stages[0].method.handover())
     assert method.score_times == TimeLaw("karras", low=0.01, high=5.0)
