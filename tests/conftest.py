@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,18 @@ def shared_dir() -> Path:
     if not (folder / "reference_values").is_dir():
         pytest.skip(f"no reference values at {folder}: set VISIONDISTILL_SHARED to the folder that holds them")
     return folder
+
+
+@pytest.fixture
+def equals_golden() -> Callable[[str, dict[str, list[float]]], None]:
+    """`equals_golden(name, curve)` holds a curve against `golden/<name>.json`; a missing file is written, and fails."""
+
+    def check(name: str, curve: dict[str, list[float]]) -> None:
+        golden = Path(__file__).parent / "golden" / f"{name}.json"
+        if not golden.exists():
+            golden.write_text(json.dumps(curve, indent=1) + "\n")
+            pytest.fail(f"{golden} was missing and has been written: look at it, then run again")
+        for entry, expected in json.loads(golden.read_text()).items():
+            assert curve[entry] == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+    return check

@@ -85,7 +85,6 @@ def train(words: list[str]) -> int:
         raise recipes.RecipeError("name a recipe: --recipe smoke/kd, or a YAML file")
     dry_run = bool(changes.pop("dry-run", False))
     config = recipes.override(recipes.load(changes.pop("recipe")), changes)
-    recipes.check(config)
     from visiondistill.engine.across import process_index
     from visiondistill.workbench import run
 

@@ -110,16 +110,12 @@ def run_demo(output_dir: str | Path, seeds: Sequence[int] = range(3)) -> list[Ro
 
 def _trained(stage: int, folder: Path, changes: dict[str, Any], seed: int, teacher: nn.Module | None = None) -> Trained:
     """One stage of the recipe as a run of its own, so that all arms share one teacher."""
-    import torch
-
     from visiondistill import recipes, train
 
     settings = {"run.output_dir": str(folder), "run.seed": seed, "run.progress": False, "run.resume": "auto"}
     config = recipes.override(recipes.load(RECIPE), {**changes, **settings})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        stages, run = recipes.build(config)
-        chosen = stages[stage] if stage == 0 else replace(stages[stage], method=stages[stage].method(teacher))
+    stages, run = recipes.build(config)
+    chosen = stages[stage] if stage == 0 else replace(stages[stage], method=stages[stage].method(teacher))
     result = train([chosen], run, config=recipes.dump(config))
     return Trained(result.product, median(line["images_per_second"] for line in result.history))
 

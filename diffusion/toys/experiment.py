@@ -95,10 +95,7 @@ def run_ring(seed: int = 0, output_dir: str | Path = "runs/ring", changes: Mappi
     """
     settings = {"run.seed": seed, "run.output_dir": str(output_dir), "run.progress": False}
     config = recipes.override(recipes.load(RECIPE), settings | dict(changes or {}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        result = recipes.run(config)
-    return report_ring(result, seed)
+    return report_ring(recipes.run(config), seed)
 
 
 @torch.no_grad()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from diffusion.methods.dmd2 import DMD2
 from diffusion.toys.network import toy_denoiser
 from visiondistill.engine import Optim, Run, Stage, train
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "dmd2.json"
 
-
-def test_golden_curve(tmp_path: Path) -> None:
-    """Where the file is missing, the test writes it and fails."""
+def test_golden_curve(tmp_path: Path, equals_golden: Callable[[str, dict[str, list[float]]], None]) -> None:
     teacher = toy_denoiser(width=8, depth=1).double()
     with torch.no_grad():
         for number, parameter in enumerate(teacher.parameters()):
@@ -28,8 +24,4 @@ def test_golden_curve(tmp_path: Path) -> None:
     names = ("student/dmd", "critic/denoising")
     curve = {name: [line[name] for line in result.history if name in line] for name in names}
     curve["average"] = [sum(tensor.sum().item() for tensor in result.ema.state_dict().values())]
-    if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(curve, indent=1) + "\n")
-        pytest.fail(f"{GOLDEN} was missing and has been written: look at it, then run again")
-    for name, expected in json.loads(GOLDEN.read_text()).items():
-        assert curve[name] == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    equals_golden("dmd2", curve)
