@@ -12,12 +12,17 @@ from torch import nn
 
 from visiondistill import recipes
 from visiondistill.data import OwnData, Source
-from visiondistill.engine import Result, train
+from visiondistill.engine import Result, Watch, train
 from visiondistill.engine.across import process_index
 from visiondistill.preflight import Preflight, preflight
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from visiondistill.export import Exported
+
+ACCURACY = "val/accuracy"
+"""In metrics.jsonl: of the product on validation images, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] 
         return None
     # What was given as an object is in no file: better absent from the recipe than named wrongly.
     config = {name: node for name, node in config.items() if name not in (given or {})}
-    result = train(plan.stages, plan.run, config=recipes.dump(config))
+    result = train(plan.stages, plan.run, config=recipes.dump(config), watch=_watch(plan.source))
     if process_index() == 0:
         (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
     student = (result.ema or result.product).eval()
@@ -99,6 +104,21 @@ def distill(
     outcome = run(recipes.override(config, {k.replace("__", "."): v for k, v in changes.items()}), given=given)
     assert outcome is not None
     return outcome
+
+
+def _watch(source: Source | None) -> Watch | None:
+    """How the product does on the validation images, for `train` to log."""
+    if source is None or "val" not in source.splits:
+        return None
+    from visiondistill.eval import evaluate
+
+    val = source.val()
+
+    def watch(product: nn.Module) -> dict[str, float]:
+        scores = evaluate(product, val)
+        return {ACCURACY: scores.accuracy, "val/nll": scores.nll}
+
+    return watch
 
 
 def _finish(
@@ -147,18 +167,25 @@ def _show(report: Any, exported: Exported) -> None:
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> None:
-    """Every term over the steps."""
+    """Every term over the steps and, where it was looked at, the accuracy on validation images."""
     from matplotlib.figure import Figure
 
-    names = sorted({name for line in history for name in line if "/" in name and not name.startswith("lr/")})
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    terms = sorted({name for line in history for name in line if "/" in name and not name.startswith(("lr/", "val/"))})
+    looked = any(ACCURACY in line for line in history)
+    figure = Figure(figsize=(12 if looked else 7, 4.2), layout="constrained")
+    panels = figure.subplots(1, 1 + looked, squeeze=False)[0]
+    _curves(panels[0], history, terms, "weighted term")
+    if looked:
+        _curves(panels[1], history, [ACCURACY], "accuracy on validation images")
+    figure.savefig(path, dpi=120)
+
+
+def _curves(axes: Axes, history: list[dict[str, Any]], names: list[str], label: str) -> None:
     for name in names:
         points = [(line["step"], line[name]) for line in history if name in line]
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set(xlabel="step", ylabel="weighted term")
+        axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None, markersize=3)
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if names:
+    if len(names) > 1:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import visiondistill.engine
-from visiondistill.engine import Batch, Draw, Method, Run, Stage, Stream, train
+from visiondistill.engine import Batch, Draw, Method, Run, Stage, Stream, Watch, train
 from visiondistill.engine import state as engine_state
 from visiondistill.engine.errors import TrainingError
 
@@ -97,6 +97,7 @@ def train_stages(
     settings: dict[str, Any],
     output: Path,
     adjust: Callable[[Method, int], None] = lambda method, before: None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Train with a metric line for every step; `adjust` gets each method and the steps before its stage."""
     built: list[Method] = []
@@ -104,7 +105,8 @@ def train_stages(
     starts = itertools.accumulate((stage.steps for stage in stages), initial=0)
     result, error = None, ""
     try:
-        result = train([_noted(stage, built, adjust, start) for stage, start in zip(stages, starts, strict=False)], run)
+        noted = [_noted(stage, built, adjust, start) for stage, start in zip(stages, starts, strict=False)]
+        result = train(noted, run, watch=watch)
     except TrainingError as caught:
         error = f"{type(caught).__name__}: {caught}"
     return Outcome(
@@ -168,8 +170,9 @@ class Poisoned:
         for step, parts in enumerate(self.stream.open(start, rows, seed, device), start):
             if step == self._step:
                 last = rows.index(max(rows))
-                parts[last] = {name: self._spoil(x) if max(rows)[1] == self.batch_size else x
-                               for name, x in parts[last].items()}
+                parts[last] = {
+                    name: self._spoil(x) if max(rows)[1] == self.batch_size else x for name, x in parts[last].items()
+                }
             yield parts
 
     @staticmethod

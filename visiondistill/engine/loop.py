@@ -1,14 +1,15 @@
 """The training loop. One batch, from loader to optimiser:
 
-    feed -> Step (prepare, each due turn: loss, backward, guard, optimiser, average) -> log -> checkpoint
+    feed -> Step (prepare, each due turn: loss, backward, guard, optimiser, average) -> look -> log -> checkpoint
 
 It knows neither teachers nor noise nor data sets; all that a method is stands in `method.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,12 @@ from visiondistill.engine.shares import Shares
 from visiondistill.engine.signals import Signals
 from visiondistill.engine.step import Context, Step
 from visiondistill.engine.track import Tracker
+
+Watch = Callable[[nn.Module], Mapping[str, float]]
+"""Looks at the product as it stands (a copy in eval mode, averaged where an average is kept); gives figures by name.
+
+Every process calls it, and what the first one gives is logged. Nothing that it does reaches the training.
+"""
 
 
 @dataclass
@@ -60,13 +67,14 @@ class Result:
     method: Method
 
 
-def train(stages: Sequence[Stage], run: Run, config: str | None = None) -> Result:
+def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: Watch | None = None) -> Result:
     """Train the stages in order, resuming where the run asks for it.
 
     Args:
         stages: methods with their lengths, in order.
         run: everything else.
         config: the recipe's text, kept in the run folder as `config.yaml`.
+        watch: called every `run.evaluate_every` steps and at the end of each stage.
 
     Raises:
         SettingsError: settings, networks and data do not fit together (before the first step).
@@ -86,17 +94,25 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None) -> Resul
     tracking = Tracker(store.folder, world, total, done, run.batch_size, run.progress)
     compiling = compiler_settings() if run.compile else nullcontext()
     with compiling, tracking as tracker, Signals() as signals:
-        return _Session(stages, run, world, store, signals, tracker).play(checkpoint)
+        return _Session(stages, run, world, store, signals, tracker, watch).play(checkpoint)
 
 
 class _Session:
     """One call of `train`: the stages of a run in one folder."""
 
     def __init__(
-        self, stages: Sequence[Stage], run: Run, world: World, store: Store, signals: Signals, tracker: Tracker
+        self,
+        stages: Sequence[Stage],
+        run: Run,
+        world: World,
+        store: Store,
+        signals: Signals,
+        tracker: Tracker,
+        watch: Watch | None,
     ) -> None:
         self.stages, self.run, self.world, self.store = stages, run, world, store
         self.signals, self.tracker = signals, tracker
+        self.watch = watch if run.evaluate_every else None
         self.kept = Kept()
         self.stopped = False
         self.proofs: dict[str, Report] = {}
@@ -151,10 +167,12 @@ class _Session:
             if proof is not None and not proof.open(done):
                 self.proofs[stage.name] = proof.judge()
                 proof = update.context.proof = None
-            polls = done == stage.steps or done % run.log_every == 0
+            looks = self.watch is not None and (done == stage.steps or done % run.evaluate_every == 0)
+            polls = looks or done == stage.steps or done % run.log_every == 0
+            figures = self._look(assembly, update, shares) if looks else {}
             stops = self._stops(polls)
             if polls or stops:
-                tracker.log(before + done, stage.name, self._read(assembly, update, shares))
+                tracker.log(before + done, stage.name, self._read(assembly, update, shares) | figures)
             if done == stage.steps or stops or (before + done) % run.checkpoint_every == 0:
                 self._check_finite(assembly, update, shares)
                 self.store.save(index, assembly, done, before + done, shares.block, final=index == len(self.stages) - 1)
@@ -193,6 +211,16 @@ class _Session:
         if self.world.size == 1 or polls:
             self.stopped = self.world.any(self.signals.received is not None)
         return self.stopped
+
+    def _look(self, assembly: Assembly, update: Step, shares: Shares) -> dict[str, float]:
+        self._check_finite(assembly, update, shares)
+        started = perf_counter()
+        # A copy, so that a watch can leave modes, gradients and weights as it likes; generators are seeded by step.
+        product = copy.deepcopy(assembly.method.product()).eval() if assembly.ema is None else assembly.ema.module()
+        with torch.no_grad():
+            figures = dict(self.watch(product))
+        self.tracker.paused(perf_counter() - started)
+        return figures
 
     def _read(self, assembly: Assembly, update: Step, shares: Shares) -> dict[str, float]:
         """Mean terms since the last reading: the one place where the host waits for the device."""

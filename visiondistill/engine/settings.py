@@ -76,6 +76,7 @@ class Run:
         seed: decides batches, noise and dropout together with the step number.
         grad_accum_steps: micro-batches per process and step.
         mixed_precision: autocast of turns and `prepare`.
+        channels_last: convolutions of all networks hold their weights, and so their features, with channels last.
         device: "auto" takes CUDA where there is one.
         ema_decay: of the product's moving average; None keeps none.
         ema_warmup: let the decay rise as (1 + n) / (10 + n) to `ema_decay` over n updates.
@@ -84,6 +85,8 @@ class Run:
         noise_block: rows per generator call (see `Draw`); None takes the largest power of two up
             to 8 that divides the micro-batch.
         log_every: steps between metric lines; also how often the finite guard is read.
+        evaluate_every: steps between looks at the product on validation images (the `watch` of `train`); None
+            for no look before the end of the run.
         checkpoint_every: steps between checkpoints; a run always ends with one.
         keep: newest checkpoints that are kept.
         keep_every: also keep each checkpoint whose step is a multiple of this.
@@ -99,6 +102,7 @@ class Run:
     seed: int = 0
     grad_accum_steps: int = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
     device: str = "auto"
     ema_decay: float | None = None
     ema_warmup: bool = False
@@ -106,6 +110,7 @@ class Run:
     compile_backend: str = "inductor"
     noise_block: int | None = None
     log_every: int = 50
+    evaluate_every: int | None = None
     checkpoint_every: int = 1000
     keep: int = 2
     keep_every: int | None = None
@@ -118,6 +123,7 @@ class Run:
         "output_dir",
         "resume",
         "log_every",
+        "evaluate_every",
         "checkpoint_every",
         "keep",
         "keep_every",
@@ -144,6 +150,12 @@ class Run:
             "'no', 'bf16' or 'fp16'",
         )
         _require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
+        _require(
+            self.evaluate_every is None or self.evaluate_every >= 1,
+            "evaluate_every",
+            self.evaluate_every,
+            ">= 1, or null",
+        )
         _require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, ">= 1, or null")
         _require(self.proof_window >= 0, "proof_window", self.proof_window, ">= 0; 0 switches the proof off")
 

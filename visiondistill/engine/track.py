@@ -58,6 +58,10 @@ class Tracker:
         """Count time that the step spent waiting for data."""
         self._waited += seconds
 
+    def paused(self, seconds: float) -> None:
+        """Leave time that was spent on something else out of the window's rate."""
+        self._since += seconds
+
     def stepped(self) -> None:
         self._steps += 1
         if self._bar is not None:
