@@ -40,6 +40,10 @@ class Assembly:
     def __init__(self, stage: Stage, method: Method, run: Run, world: World, kept: Kept) -> None:
         self.stage, self.method, self.run, self.world = stage, method, run, world
         method.to(world.device)
+        if run.channels_last:
+            # A convolution takes the layout of its weight, whatever that of its input: no image is laid out anew.
+            nn.utils.convert_conv2d_weight_memory_format(method, torch.channels_last)
+            nn.utils.convert_conv3d_weight_memory_format(method, torch.channels_last_3d)
         unknown = set(stage.optim) - set(method.players) - {"default"}
         if unknown:
             raise SettingsError(f"optim names {sorted(unknown)}; the players are {list(method.players)}")
