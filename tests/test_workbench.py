@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from visiondistill import recipes
 from visiondistill.cli import main
 from visiondistill.data import EmbeddedDigits
 from visiondistill.engine.errors import SettingsError
@@ -45,6 +46,20 @@ def test_a_notebook_distils_in_one_call(teacher, tmp_path: Path) -> None:
     right = (network(images["image"]).logits.argmax(1) == images["label"]).sum().item()
     assert right == round(outcome.metrics["accuracy"] * 500)
     assert facts["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_settings_of_speed_are_picked_and_written_down(tmp_path: Path) -> None:
+    settings = {"steps": 30, "run__output_dir": str(tmp_path / "run"), "run__compile_backend": "eager", **QUIET}
+    outcome = distill(
+        SmallConvNet([8]), None, EmbeddedDigits(), "finetune", performance="auto", run__evaluate_every=10, **settings
+    )
+    config = recipes.load(outcome.folder / "config.yaml")
+    assert "performance" not in config
+    assert {"mixed_precision", "channels_last", "compile"} <= set(config["run"])
+    assert any("ms a step" in note for note in outcome.facts.notes)
+    assert [line["step"] for line in outcome.result.history if "val/accuracy" in line] == [10, 20, 30]
+    with pytest.raises(RecipeError, match="performance: 'fast'"):
+        distill(SmallConvNet([8]), None, EmbeddedDigits(), "finetune", performance="fast", **settings)
 
 
 def test_a_teacher_at_chance_stops_the_run_before_anything_is_written(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,13 @@ from visiondistill import recipes
 from visiondistill.data import OwnData, Source
 from visiondistill.engine import Result, Watch, train
 from visiondistill.engine.across import process_index
+from visiondistill.measure import report_on
 from visiondistill.preflight import Preflight, preflight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from visiondistill.eval import AccuracyReport
     from visiondistill.export import Exported
 
 ACCURACY = "val/accuracy"
@@ -31,7 +33,8 @@ class Outcome:
 
     Attributes:
         student: the product, with averaged weights where an average was kept; eval mode.
-        metrics: of the test images, as in `evaluation/accuracy.json`; empty where the recipe names no data.
+        metrics: of the test images, as in `evaluation/accuracy.json`; empty where the recipe names no data,
+            or data without a test split.
         folder: the run folder.
         result: of the engine.
         facts: of the preflight.
@@ -64,8 +67,11 @@ def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] 
         print("\n".join(facts.lines()), flush=True)
     if dry_run:
         return None
+    if config.get("performance") == "auto":
+        config, facts = _tuned(plan, config, facts)
     # What was given as an object is in no file: better absent from the recipe than named wrongly.
     config = {name: node for name, node in config.items() if name not in (given or {})}
+    config = recipes.resolve(config, given or ())
     result = train(plan.stages, plan.run, config=recipes.dump(config), watch=_watch(plan.source))
     if process_index() == 0:
         (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
@@ -106,6 +112,19 @@ def distill(
     return outcome
 
 
+def _tuned(plan: recipes.Plan, config: recipes.Config, facts: Preflight) -> tuple[recipes.Config, Preflight]:
+    """The plan's run with the switches of speed that pay here, and the config that says so."""
+    from visiondistill.engine.trial import SWITCHES, fastest
+
+    plan.run, lines = fastest(plan.stages[0], plan.run, sum(stage.steps for stage in plan.stages))
+    lines = ["performance, by a trial on this machine:", *(f"  {line}" for line in lines)]
+    if process_index() == 0 and plan.run.progress:
+        print("\n".join(lines), flush=True)
+    picked = {f"run.{name}": getattr(plan.run, name) for name in SWITCHES}
+    config = recipes.override({k: v for k, v in config.items() if k != "performance"}, picked)
+    return config, replace(facts, notes=(*facts.notes, *lines))
+
+
 def _watch(source: Source | None) -> Watch | None:
     """How the product does on the validation images, for `train` to log."""
     if source is None or "val" not in source.splits:
@@ -124,45 +143,28 @@ def _watch(source: Source | None) -> Watch | None:
 def _finish(
     plan: recipes.Plan, result: Result, student: nn.Module, facts: Preflight, config: Mapping[str, Any]
 ) -> Outcome:
-    from visiondistill.eval import accuracy_report
-    from visiondistill.export import About, export_run
+    from visiondistill.publish import publish
 
-    source, weights = plan.source, "EMA" if result.ema is not None else "raw"
-    account = source.describe().as_dict()
-    report = accuracy_report(
-        student,
-        source.test(),
-        val=source.val() if "val" in source.splits else None,
-        teacher=plan.teacher,
-        classes=source.classes,
-        data_info={"split": "test"} | account,
-        weights=weights,
-        **source.crop,
-    )
-    metrics, exported = report.to_dict(), None
+    source, report, exported = plan.source, None, None
+    if "test" in source.splits:
+        report = report_on(student, source, plan.teacher, "EMA" if result.ema is not None else "raw")
+    metrics = {} if report is None else report.to_dict()
     if process_index() == 0:
-        report.write(result.output_dir / "evaluation")
-        about = About(
-            name="student",
-            data=account,
-            teacher=""
-            if facts.teacher is None
-            else f"{facts.teacher.name}, {facts.teacher_accuracy:.1%} on validation",
-            method={"recipe": dict(config)},
-            metrics=metrics,
-        )
-        exported = export_run(result, classes=source.classes, about=about, input_size=source.input_size, **source.crop)
+        if report is not None:
+            report.write(result.output_dir / "evaluation")
+        exported = publish(result, source, {"recipe": config}, metrics, facts.taught_by())
         _plot(result.history, result.output_dir / "curves.png")
         if plan.run.progress:
             _show(report, exported)
     return Outcome(student, metrics, result.output_dir, result, facts, exported)
 
 
-def _show(report: Any, exported: Exported) -> None:
+def _show(report: AccuracyReport | None, exported: Exported) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(report.table())
+    if report is not None:
+        console.print(report.table())
     console.print(f"export ({exported.format}): {exported.folder}")
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from visiondistill.engine import state
-from visiondistill.engine.assembly import Assembly
+from visiondistill.engine.assembly import Assembly, Kept
 from visiondistill.engine.errors import ResumeError
 from visiondistill.engine.launch import World
+from visiondistill.engine.method import Method
 from visiondistill.engine.settings import Run, Stage
 from visiondistill.engine.track import environment
 
@@ -31,6 +33,34 @@ class Checkpoint:
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
         return cls(*state.load(folder), folder)
+
+    def of_stage(self, index: int, stage: Stage) -> Checkpoint:
+        """This one, or the end of an earlier stage of the same run, which lies beside it."""
+        if index == self.meta["stage"]:
+            return self
+        return Checkpoint.read(self.folder.parent / _stage_name(index, stage))
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run had made when a checkpoint was written, on the CPU.
+
+    Attributes:
+        method: of the checkpoint's stage.
+        product, ema: as in `Result`.
+        stage: the stage's name.
+        step: steps done, over all stages.
+        last_stage: no stage follows.
+        finished: no step follows.
+    """
+
+    method: Method
+    product: nn.Module
+    ema: nn.Module | None
+    stage: str
+    step: int
+    last_stage: bool
+    finished: bool
 
 
 class Store:
@@ -78,6 +108,17 @@ class Store:
             return Checkpoint.read(folder) if folder is not None else None
         return Checkpoint.read(checkpoint_in(Path(self.run.resume)))
 
+    @staticmethod
+    def earlier(run: Run) -> dict[str, Any] | None:
+        """Settings of the run that `run` continues, if it continues one; damage is for `find` to report."""
+        if run.resume == "none":
+            return None
+        if run.resume == "auto":
+            folder = state.newest(Path(run.output_dir) / "checkpoints")
+        else:
+            folder = checkpoint_in(Path(run.resume))
+        return None if folder is None else json.loads((folder / "meta.json").read_text())["run"]
+
     def restore(self, index: int, assembly: Assembly, checkpoint: Checkpoint | None) -> int:
         """Bring stage `index` to where the run stood; returns the first step to play."""
         if checkpoint is None or index > checkpoint.meta["stage"]:
@@ -87,7 +128,7 @@ class Store:
             assembly.method.setup(assembly.method.streams)
             return 0
         if index < checkpoint.meta["stage"]:
-            checkpoint = Checkpoint.read(checkpoint.folder.parent / _stage_name(index, assembly.stage))
+            checkpoint = checkpoint.of_stage(index, assembly.stage)
             self._adopt(checkpoint)
         _check_same_run(assembly, checkpoint, self.run, self.world)
         assembly.unpack(checkpoint.tensors, checkpoint.meta["numbers"])
@@ -137,6 +178,48 @@ def checkpoint_in(path: Path) -> Path:
     return folder
 
 
+def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
+    """The networks of a checkpoint, with no step played and nothing written.
+
+    The way is that of `train`: stages are built in order, each is handed what the one before made,
+    and each gets the tensors of its own checkpoint, strictly, after its settings and its rebuilt
+    (frozen) networks were compared with those of then. An `Assembly` is made for it, optimisers
+    and all, because it alone knows which tensors a checkpoint holds and what the average follows;
+    a shorter way would be a second opinion on that. What cannot change a weight any more may
+    differ: the device, the data, the settings of `run`, except that it is `run` which says
+    whether there is an average.
+
+    Args:
+        folder: of the checkpoint, see `checkpoint_in`.
+
+    Raises:
+        ResumeError: damaged, or not of these stages.
+    """
+    checkpoint, kept, handover = Checkpoint.read(folder), Kept(), None
+    last = checkpoint.meta["stage"]
+    if last >= len(stages):
+        raise ResumeError(f"{folder} is of stage {last + 1}, but there are {len(stages)} stages: it is of another run")
+    for index, stage in enumerate(stages[: last + 1]):
+        method = stage.method if isinstance(stage.method, Method) else stage.method(handover)
+        assembly = Assembly(stage, method, run, World(torch.device("cpu")), kept)
+        own = checkpoint.of_stage(index, stage)
+        changes = _changes(assembly, own, {}, left_out=("streams",))
+        if changes:
+            raise ResumeError(f"{own.folder} was made by other settings:\n  - " + "\n  - ".join(changes))
+        assembly.unpack(own.tensors, own.meta["numbers"])
+        assembly.release()
+        handover = method.handover()
+    return Restored(
+        method=method,
+        product=method.product(),
+        ema=None if assembly.ema is None else assembly.ema.module(),
+        stage=stage.name,
+        step=checkpoint.meta["global_step"],
+        last_stage=last == len(stages) - 1,
+        finished=last == len(stages) - 1 and checkpoint.meta["step"] == stage.steps,
+    )
+
+
 def _stage_name(index: int, stage: Stage) -> str:
     return f"stage_{index}_{stage.name}"
 
@@ -144,11 +227,7 @@ def _stage_name(index: int, stage: Stage) -> str:
 def _check_same_run(assembly: Assembly, checkpoint: Checkpoint, run: Run, world: World) -> None:
     meta = checkpoint.meta
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in (*Run.MAY_DIFFER, *Run.ROUNDING)}
-    then = {"run": {k: meta["run"].get(k) for k in settings}, "stage": meta["method"]}
-    now = {"run": settings, "stage": json.loads(json.dumps(assembly.describe()))}
-    changes = list(_differences(then, now))
-    if not changes and meta["rebuilt"] != assembly.fingerprint():
-        changes = ["the frozen networks (teacher, base of adapters) hold other weights"]
+    changes = _changes(assembly, checkpoint, settings)
     if changes:
         raise ResumeError(
             f"{checkpoint.folder} is not this run, so it cannot be continued bit for bit:\n  - "
@@ -160,6 +239,21 @@ def _check_same_run(assembly: Assembly, checkpoint: Checkpoint, run: Run, world:
             "continuing with another number of processes or micro-batches: equal within rounding, not to the bit",
             stacklevel=2,
         )
+
+
+def _changes(
+    assembly: Assembly, checkpoint: Checkpoint, settings: Mapping[str, Any], left_out: Sequence[str] = ()
+) -> list[str]:
+    """What is not as it was: of the stage, but for `left_out` of its description, and of these settings."""
+    meta = checkpoint.meta
+    then, now = ({k: v for k, v in d.items() if k not in left_out} for d in (meta["method"], assembly.describe()))
+    changes = _differences(
+        {"run": {k: meta["run"].get(k) for k in settings}, "stage": then},
+        {"run": settings, "stage": json.loads(json.dumps(now))},
+    )
+    if not changes and meta["rebuilt"] != assembly.fingerprint():
+        changes = ["the frozen networks (teacher, base of adapters) hold other weights"]
+    return changes
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:
