@@ -108,9 +108,9 @@ def test_only_what_terms_need_is_computed():
     class Counting(Network):
         calls: list
 
-        def forward(self, pixels, stages=()):
+        def forward(self, pixels, stages=(), embedding=False):
             self.calls.append(stages)
-            return super().forward(pixels, stages)
+            return super().forward(pixels, stages, embedding)
 
     def counting(*widths: int) -> Counting:
         network = Counting(SmallConvNet(widths, num_classes=CLASSES), input_size=(1, 8, 8)).double()
@@ -469,7 +469,7 @@ def test_batch_level_terms_with_labels_refuse_images_without():
 
 
 def test_the_train_stream_is_asked_for():
-    with pytest.raises(SettingsError, match=r"streams must have 'train', got \['val'\]"):
+    with pytest.raises(SettingsError, match=r"streams must have \['train'\], got \['val'\]"):
         Distiller(student=net(4), terms={"ce": CE()}, streams={"val": Stream(images(), 4)})
 
 
@@ -506,10 +506,10 @@ def test_unlabelled_images_and_a_teacher_beat_few_labels(tmp_path):
         return Network(SmallMLP(64, (32,)))
 
     teacher = trained("teacher", 200, 1e-2, Digits("train"), student=big, terms={"ce": CE()})
-    alone = trained("ce", 200, 2e-2, Digits("train", 5, "drop"), student=small, terms={"ce": CE()})
+    alone = trained("ce", 400, 2e-2, Digits("train", 5, "drop"), student=small, terms={"ce": CE()})
     both = trained(
         "kd",
-        200,
+        400,
         2e-2,
         Digits("train", 5),
         student=small,

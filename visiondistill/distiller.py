@@ -9,7 +9,7 @@ no part by name. A published method is a choice of parts, written as a recipe.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,28 @@ from visiondistill.teachers import Teacher, as_teacher
 from visiondistill.terms import Needs, Term, View
 from visiondistill.weighting import Fixed, Weighting
 
+Answers = dict[str, Any]  # "logits", "features", "embedding" ... of one side; the student's logits by head
+Values = tuple[dict[str, Tensor], View, Carry]
+
 STUDENT, TRAIN = "student", "train"
 AXES = ("augmentor", "teacher", "heads", "weighting")
+
+
+class StudentSide(nn.Module):
+    """The student's turn before weighting, as a function of its players: for `torch.func.functional_call`.
+
+    Parameters are named `players.<player>.<parameter>`; calling it with a prepared batch gives
+    `{term: [B] or scalar}` and the weighting's view.
+    """
+
+    def __init__(self, players: Mapping[str, nn.Module], values: Callable[[Batch], Values]) -> None:
+        super().__init__()
+        self.players = nn.ModuleDict(players)
+        self.values = values
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], View]:
+        values, view, _ = self.values(batch)
+        return values, view
 
 
 class Distiller(Method):
@@ -38,7 +58,7 @@ class Distiller(Method):
             one. In a recipe's later stages it may be left out: it is then what the stage before made.
         student: a `Network`, or any classifier of pixels in [0, 1]. Player "student" and product.
         terms: what is matched, by name.
-        streams: data; "train" gives the student's batches.
+        streams: data; "train" gives the student's batches. Of others only those that a part reads are opened.
         weighting: how the terms are fused; by default their plain sum.
         heads: the student's classifiers in training; by default its own alone.
         augmentor: a part whose `prepare` replaces the images of "train".
@@ -61,25 +81,27 @@ class Distiller(Method):
         network, source = as_network(student), None if teacher is None else as_teacher(teacher)
         weighting, heads = weighting or Fixed(), heads or SingleHead()
         _check_networks(network, source)
-        if TRAIN not in streams:
-            raise SettingsError(f"streams must have '{TRAIN}', got {sorted(streams)}")
         active = _active(terms, weighting)
+        # The order of `prepare`: images first, then their targets, then whatever reads both.
+        parts: dict[str, Part | None] = {"augmentor": augmentor, "teacher": source, "heads": heads}
+        parts |= {**active, "weighting": weighting}
+        streams = _read(streams, parts)
         labelled = getattr(streams[TRAIN], "labelled_fraction", 1.0)
         mixed = bool(getattr(augmentor, "soft_labels", False))
         for name, term in active.items():
             _check_term(name, term.needs, heads, weighting, labelled, mixed)
-        needs = {name: _resolved(name, term.needs, network, source) for name, term in active.items()}
-
-        heads.connect(network)
-        for term in active.values():
-            term.connect(network, source)
-        if source is not None and not any(map(_reads_teacher, needs.values())):
+        readers = active if weighting.needs is None else {**active, "weighting": weighting}
+        needs = {name: _resolved(name, reader.needs, network, source) for name, reader in readers.items()}
+        for name, part in parts.items():
+            if part is not None and name != "teacher":
+                part.connect(network, source)
+        asked = any(part is not None and part.asks_teacher for part in parts.values())
+        if source is not None and not asked and not any(map(_reads_teacher, needs.values())):
             warnings.warn("a teacher is given, but no term with a weight reads it: it is left out", stacklevel=2)
-            source = None
+            parts["teacher"] = None
         elif source is not None:
-            source.stages = _stages(need.teacher_stage for need in needs.values())
-        # The order of `prepare`: images first, then their targets, then whatever reads both.
-        parts = {"augmentor": augmentor, "teacher": source, "heads": heads, **active, "weighting": weighting}
+            source.stages = _stages(need.teacher_stages for need in needs.values())
+            source.embedding = any(need.teacher_embedding for need in needs.values())
         parts = {name: part for name, part in parts.items() if part is not None}
 
         super().__init__(
@@ -89,17 +111,28 @@ class Distiller(Method):
         )
         self.parts = nn.ModuleDict(parts)
         self.needs, self.labelled_fraction, self.mixed = needs, labelled, mixed
-        self.student_stages = _stages(need.student_stage for need in needs.values())
+        self.student_stages = _stages(need.student_stages for need in needs.values())
+        self.student_embedding = any(need.student_embedding for need in needs.values())
+        self.learning_teacher = source is not None and source.online
         self._prepares = [part for part in parts.values() if type(part).prepare is not Part.prepare]
+        side = StudentSide({name: self.players[name] for name in self._moved_by_student()}, self.values)
+        for part in parts.values():
+            part.bind(side)
 
     def turns(self) -> tuple[Turn, ...]:
         """The student's turn, then those of the parts."""
-        brought = [self._renamed(name, turn) for name, part in self.parts.items() for turn in part.turns()]
-        elsewhere = {player for turn in brought for player in turn.moves} - {STUDENT}
-        moves = tuple(player for player in self.players if player not in elsewhere)
         # A term between rows must see them all, so that the batch cannot be split.
         splits = all(needs.per_sample for needs in self.needs.values())
-        return (Turn(STUDENT, self.student_loss, moves=moves, accumulate=splits), *brought)
+        combine = self.parts["weighting"].combine
+        turn = Turn(STUDENT, self.student_loss, self._moved_by_student(), combine=combine, accumulate=splits)
+        return (turn, *self._brought())
+
+    def _brought(self) -> list[Turn]:
+        return [self._renamed(name, turn) for name, part in self.parts.items() for turn in part.turns()]
+
+    def _moved_by_student(self) -> tuple[str, ...]:
+        elsewhere = {player for turn in self._brought() for player in turn.moves} - {STUDENT}
+        return tuple(player for player in self.players if player not in elsewhere)
 
     def setup(self, streams: dict[str, Stream]) -> None:
         for part in self.parts.values():
@@ -112,13 +145,30 @@ class Distiller(Method):
 
     def student_loss(self, batch: Batch) -> tuple[Terms, Carry]:
         """The weighted terms on one prepared batch."""
-        logits, features = self.parts["heads"](self.players[STUDENT], batch[TRAIN]["image"], self.student_stages)
+        values, view, carry = self.values(batch)
+        return self.parts["weighting"](values, view), carry
+
+    def values(self, batch: Batch) -> Values:
+        """The terms' values on one prepared batch, the weighting's view, and what `after` receives."""
+        sides = self._sides(batch)
         values, carry = {}, {}
         for name, needs in self.needs.items():
-            view = self._view(needs, logits, features, batch)
-            values[name] = self._over_labelled(needs, self.parts[name](view), batch)
-            carry |= {f"{name}.{entry}": tensor for entry, tensor in view.carry.items()}
-        return self.parts["weighting"](values, batch), carry
+            if name != "weighting":
+                view = self._view(needs, *sides, batch)
+                values[name] = self._over_labelled(needs, self.parts[name](view), batch)
+                carry |= {f"{name}.{entry}": tensor for entry, tensor in view.carry.items()}
+        return values, self._view(self.needs.get("weighting", Needs()), *sides, batch), carry
+
+    def _sides(self, batch: Batch) -> tuple[Answers, Answers]:
+        """What student and teacher answer to the batch."""
+        logits, outputs = self.parts["heads"](
+            self.players[STUDENT], batch[TRAIN]["image"], self.student_stages, self.student_embedding
+        )
+        ours = {"logits": logits, "features": outputs.features, "embedding": outputs.embedding}
+        ours["prefixes"] = outputs.prefixes or {}
+        if self.learning_teacher:
+            return ours, self.parts["teacher"].targets(batch[TRAIN])
+        return ours, batch.get("teacher", {})
 
     def after(self, turn: str, carry: Carry) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         writes = {}
@@ -134,19 +184,25 @@ class Distiller(Method):
     def product(self) -> nn.Module:
         return self.players[STUDENT]
 
-    def _view(self, needs: Needs, logits: dict[str, Tensor], features: dict[int, Tensor], batch: Batch) -> View:
+    def _view(self, needs: Needs, ours: Answers, theirs: Answers, batch: Batch) -> View:
+        learner, taught = ours["logits"][needs.head], theirs.get("logits") if needs.teacher_logits else None
+        if needs.peer:
+            learner, taught = taught, learner
         label = batch[TRAIN]["label"] if needs.label and not self.mixed else None
         if label is not None and self.labelled_fraction < 1:
             label = label.clamp(min=0)
-        targets: dict[str, Any] = batch.get("teacher", {})
+        # An online teacher answers with gradients; what teaches has none.
         return View(
-            logits=logits[needs.head],
-            label=label,
-            teacher_logits=targets["logits"] if needs.teacher_logits else None,
-            student_feature=None if needs.student_stage is None else features[needs.student_stage],
-            teacher_feature=None if needs.teacher_stage is None else targets["features"][needs.teacher_stage],
+            logits=learner,
             batch=batch,
+            label=label,
             target=batch[TRAIN]["target"] if needs.label and self.mixed else None,
+            teacher_logits=None if taught is None else taught.detach(),
+            student_features=tuple(ours["features"][stage] for stage in needs.student_stages),
+            teacher_features=tuple(theirs["features"][stage].detach() for stage in needs.teacher_stages),
+            student_prefixes=tuple(ours["prefixes"].get(stage) for stage in needs.student_stages),
+            student_embedding=ours["embedding"] if needs.student_embedding else None,
+            teacher_embedding=theirs["embedding"].detach() if needs.teacher_embedding else None,
         )
 
     def _over_labelled(self, needs: Needs, value: Tensor, batch: Batch) -> Tensor:
@@ -183,12 +239,21 @@ def _united(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return everything
 
 
-def _stages(stages: Iterable[int | None]) -> tuple[int, ...]:
-    return tuple(sorted({stage for stage in stages if stage is not None}))
+def _read(streams: Mapping[str, Stream], parts: Mapping[str, Part | None]) -> dict[str, Stream]:
+    """The streams that somebody reads."""
+    read = dict.fromkeys((TRAIN, *(name for part in parts.values() if part is not None for name in part.reads)))
+    missing = [name for name in read if name not in streams]
+    if missing:
+        raise SettingsError(f"streams must have {missing}, got {sorted(streams)}")
+    return {name: streams[name] for name in read}
+
+
+def _stages(asked: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(sorted({stage for stages in asked for stage in stages}))
 
 
 def _reads_teacher(needs: Needs) -> bool:
-    return needs.teacher_logits or needs.teacher_stage is not None
+    return needs.teacher_logits or bool(needs.teacher_stages) or needs.teacher_embedding
 
 
 def _active(terms: Mapping[str, Term], weighting: Weighting) -> dict[str, Term]:
@@ -204,9 +269,9 @@ def _active(terms: Mapping[str, Term], weighting: Weighting) -> dict[str, Term]:
 def _check_networks(student: Network, teacher: Teacher | None) -> None:
     if teacher is None:
         return
-    frozen = {id(p) for net in teacher.frozen.values() for p in net.parameters()}
-    if any(id(p) in frozen for p in student.parameters()):
-        raise SettingsError("student and teacher share parameters, which would be trained and frozen at once")
+    theirs = {id(p) for net in (teacher.frozen | teacher.players).values() for p in net.parameters()}
+    if any(id(p) in theirs for p in student.parameters()):
+        raise SettingsError("student and teacher share parameters: they must be two networks")
     if None not in (student.num_classes, teacher.num_classes) and student.num_classes != teacher.num_classes:
         raise SettingsError(f"the student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}")
 
@@ -233,8 +298,11 @@ def _resolved(name: str, needs: Needs, student: Network, teacher: Teacher | None
     if _reads_teacher(needs) and teacher is None:
         raise SettingsError(f"term '{name}' reads a teacher, but there is none")
     try:
-        ours = None if needs.student_stage is None else student.stage_index(needs.student_stage)
-        theirs = None if needs.teacher_stage is None else teacher.stage_index(needs.teacher_stage)
+        ours = tuple(student.stage_index(stage) for stage in needs.student_stages)
+        theirs = tuple(teacher.stage_index(stage) for stage in needs.teacher_stages)
+        # Asked for here, so that a network without embedding is refused under the term's name.
+        _ = needs.student_embedding and student.embedding_size()
+        _ = needs.teacher_embedding and teacher.embedding_size()
     except (TypeError, ValueError) as error:
         raise SettingsError(f"term '{name}': {error}") from error
-    return replace(needs, student_stage=ours, teacher_stage=theirs)
+    return replace(needs, student_stages=ours, teacher_stages=theirs)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from visiondistill.engine.method import Batch, Carry, Stream, Turn
 from visiondistill.engine.rng import Draw
+
+if TYPE_CHECKING:
+    from visiondistill.distiller import StudentSide
+    from visiondistill.models.network import Network
+    from visiondistill.teachers.base import Teacher
 
 
 class Part(nn.Module):
@@ -20,8 +27,13 @@ class Part(nn.Module):
     Attributes:
         players: networks to train. Those that none of the part's own turns moves train in the student's turn.
         frozen: networks to read only.
-        streams: data of its own, under its own names ("val").
+        streams: data of its own, under its own names.
+        asks_teacher: it calls the teacher's networks itself, in a turn of its own.
+        reads: streams of the `Distiller`'s besides "train" that this part reads; others are not opened.
     """
+
+    reads: tuple[str, ...] = ()
+    asks_teacher: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +41,15 @@ class Part(nn.Module):
         self.players: dict[str, nn.Module] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.streams: dict[str, Stream] = {}
+
+    def connect(self, student: Network, teacher: Teacher | None) -> None:
+        """Build whatever depends on the networks' shapes, such as regressors; they become players.
+
+        A network that is kept here is kept outside the module tree (in a tuple): it is registered already.
+        """
+
+    def bind(self, side: StudentSide) -> None:
+        """Take the student's turn as a function, to differentiate through it."""
 
     def turns(self) -> tuple[Turn, ...]:
         """Turns of its own, which follow the student's; `moves` names players as the part knows them, or "student"."""

@@ -168,10 +168,10 @@ class Source:
         """The splits that there are."""
         return tuple(name for name in SPLITS if name in self._splits)
 
-    def stream(self, batch_size: int, workers: int = 0) -> Stream:
-        """Training batches; see `Stream`."""
-        data = self.train()
-        if self.train_view is None:
+    def stream(self, batch_size: int, workers: int = 0, split: str = TRAIN) -> Stream:
+        """Batches of a split, see `Stream`; training images are cut at random where the source does so, others never."""
+        data = self._split(split)
+        if split != TRAIN or self.train_view is None:
             return Stream(data, batch_size, workers)
         return Stream(data.as_stored(), batch_size, workers, transform=self.train_view)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from visiondistill.models.network import Network
+from visiondistill.models.network import Network, Outputs
 from visiondistill.parts import Part
 
 
@@ -17,11 +17,8 @@ class Heads(Part):
 
     names: tuple[str, ...] = ("main",)
 
-    def connect(self, student: Network) -> None:
-        """Build the further classifiers; they become players."""
-
     def forward(
-        self, student: Network, images: Tensor, stages: tuple[int, ...]
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """`({head: logits [B, K]}, {stage: features [B, C, H, W]})` from one pass of the trunk."""
+        self, student: Network, images: Tensor, stages: tuple[int, ...], embedding: bool
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        """`{head: logits [B, K]}`, and what else was asked of the trunk, from one pass of it."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")

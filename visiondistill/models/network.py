@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -17,18 +18,27 @@ MODEL = "model."
 
 
 class Outputs(NamedTuple):
-    """What a network gives: logits `[B, K]` and, where asked for, `{stage: [B, C, H, W]}`."""
+    """What a network gives.
+
+    Attributes:
+        logits: `[B, K]`.
+        features: `{stage: [B, C, H, W]}` of the stages that were asked for.
+        embedding: `[B, D]`, pooled, as the classifier reads it; None where it was not asked for.
+        prefixes: `{stage: [B, n, C]}`, the class and register tokens of a token model; empty for others.
+    """
 
     logits: Tensor
     features: dict[int, Tensor]
+    embedding: Tensor | None = None
+    prefixes: dict[int, Tensor] | None = None
 
 
 class Network(nn.Module):
     """A classifier that takes images in [0, 1] of any size and prepares them as it was trained.
 
     Stages are what timm calls intermediates: `model.forward_intermediates(x, indices=...)` gives
-    `(final features, [NCHW maps])` and `model.forward_head` the logits. Models without the two
-    serve everything but feature terms.
+    `(final features, [NCHW maps])` and `model.forward_head(final)` the logits, with `pre_logits=True`
+    the embedding. Models without these serve everything but feature terms.
 
     Args:
         model: classifier of normalised images, `[B, C, H, W] -> [B, K]`.
@@ -59,24 +69,42 @@ class Network(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self._shapes: dict[Shape, list[Shape]] = {}
+        self._has_prefixes = bool(getattr(model, "num_prefix_tokens", 0)) and "return_prefix_tokens" in (
+            inspect.signature(model.forward_intermediates).parameters
+        )
+        # Distilled models have two classifiers: what they make of the pooled tokens is their own business.
+        self._classifies_pooled = isinstance(getattr(model, "get_classifier", lambda: None)(), nn.Module)
 
-    def forward(self, images: Tensor, stages: tuple[int, ...] = ()) -> Outputs:
-        """Logits, and features of some stages.
+    def forward(self, images: Tensor, stages: tuple[int, ...] = (), embedding: bool = False) -> Outputs:
+        """Logits and, from the same pass, features of some stages and the embedding.
 
         Args:
             images: `[B, C, H, W]`, floating in [0, 1].
             stages: numbers from 0; see `stage_index`.
+            embedding: also give what the classifier reads.
 
         Raises:
-            TypeError: stages asked of a model that cannot give them.
+            TypeError: stages or the embedding are asked of a model that cannot give them.
         """
         x = self.prepare(images)
-        if not stages:
+        if not stages and not embedding:
             return Outputs(self.model(x), {})
         self._require_stages()
-        in_depth_order = sorted(set(stages))
-        final, features = self.model.forward_intermediates(x, indices=in_depth_order)
-        return Outputs(self.model.forward_head(final), dict(zip(in_depth_order, features, strict=True)))
+        final, features, prefixes = self._intermediates(x, sorted(set(stages)))
+        if not embedding:
+            return Outputs(self.model.forward_head(final), features, None, prefixes)
+        pooled = self.model.forward_head(final, pre_logits=True)
+        logits = self.model.get_classifier()(pooled) if self._classifies_pooled else self.model.forward_head(final)
+        return Outputs(logits, features, pooled, prefixes)
+
+    def _intermediates(self, x: Tensor, stages: list[int]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        asked = stages or [0]
+        if not self._has_prefixes:
+            final, maps = self.model.forward_intermediates(x, indices=asked)
+            return final, dict(zip(stages, maps, strict=False)), {}
+        final, pairs = self.model.forward_intermediates(x, indices=asked, return_prefix_tokens=True)
+        maps, prefixes = zip(*pairs, strict=True)
+        return final, dict(zip(stages, maps, strict=False)), dict(zip(stages, prefixes, strict=False))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images as the model takes them: its precision, size and normalisation."""
@@ -102,18 +130,21 @@ class Network(nn.Module):
             ValueError: no size is given and the network has none of its own.
         """
         self._require_stages()
-        size = self.input_size if input_size is None else tuple(input_size)
-        if size is None:
-            raise ValueError(
-                f"the shapes of {self._name}'s features depend on the image size: "
-                f"give its Network an input_size (C, H, W)"
-            )
+        size = self._size(input_size)
         if size not in self._shapes:
             with evaluating(self), torch.no_grad():
                 x = self.prepare(torch.zeros(1, *size, device=self.scale.device))
                 _, features = self.model.forward_intermediates(x)
             self._shapes[size] = [tuple(feature.shape[1:]) for feature in features]
         return self._shapes[size]
+
+    def embedding_size(self, input_size: tuple[int, int, int] | None = None) -> int:
+        """`D` of the embedding; measured, and errors, as in `feature_shapes`."""
+        self._require_stages()
+        size = self._size(input_size)
+        with evaluating(self), torch.no_grad():
+            embedding = self(torch.zeros(1, *size, device=self.scale.device), embedding=True).embedding
+        return embedding.shape[1]
 
     def stage_index(self, stage: int) -> int:
         """`stage` counted from 0, where -1 is the last one.
@@ -148,6 +179,15 @@ class Network(nn.Module):
                 f"{self._name} has no features by stage: it needs the methods forward_intermediates and "
                 f"forward_head, as timm's models have them"
             )
+
+    def _size(self, input_size: tuple[int, int, int] | None) -> Shape:
+        size = self.input_size if input_size is None else tuple(input_size)
+        if size is None:
+            raise ValueError(
+                f"the shapes of {self._name}'s features depend on the image size: "
+                f"give its Network an input_size (C, H, W)"
+            )
+        return size
 
     @property
     def _name(self) -> str:

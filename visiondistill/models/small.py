@@ -47,8 +47,13 @@ class SmallConvNet(nn.Module):
                 features.append(x)
         return x, features
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.head(x.mean((-2, -1)))
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of the last stage's output; with `pre_logits` its mean over positions, which the classifier reads."""
+        pooled = x.mean((-2, -1))
+        return pooled if pre_logits else self.head(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
 
 
 class SmallMLP(nn.Sequential):

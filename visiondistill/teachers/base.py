@@ -14,11 +14,14 @@ class Teacher(Part):
 
     Attributes:
         num_classes: of its logits, where known.
-        stages: those whose features the terms read; set by the `Distiller`.
+        stages, embedding: what the terms read besides the logits; set by the `Distiller`.
+        online: it learns with the student: its answers are made within the student's turn, with gradients.
     """
 
     num_classes: int | None = None
     stages: tuple[int, ...] = ()
+    embedding: bool = False
+    online: bool = False
 
     def stage_index(self, stage: int) -> int:
         """`stage` counted from 0.
@@ -33,9 +36,14 @@ class Teacher(Part):
         """`(C, H, W)` of every stage; errors as in `stage_index`."""
         raise TypeError(f"{type(self).__name__} has no features, only logits")
 
+    def embedding_size(self) -> int:
+        """`D` of its pooled features; errors as in `stage_index`."""
+        raise TypeError(f"{type(self).__name__} has no features, only logits")
+
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
-        return batch | {"teacher": self.targets(batch["train"])}
+        return batch if self.online else batch | {"teacher": self.targets(batch["train"])}
 
     def targets(self, data: Batch) -> dict[str, Any]:
-        """`{"logits": [B, K], "features": {stage: [B, C, H, W]}}` for a batch with "image" and "index"."""
+        """`{"logits": [B, K]}` for a batch with "image" and "index", and where asked for
+        `"features": {stage: [B, C, H, W]}` and `"embedding": [B, D]`."""
         raise NotImplementedError(f"{type(self).__name__} must define targets()")

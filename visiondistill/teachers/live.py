@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from visiondistill.engine.method import Batch
-from visiondistill.models.network import as_network
+from visiondistill.models.network import Network, as_network
 from visiondistill.teachers.base import Teacher
 
 
@@ -30,9 +30,18 @@ class LiveTeacher(Teacher):
     def feature_shapes(self) -> list[tuple[int, ...]]:
         return self.frozen[""].feature_shapes()
 
+    def embedding_size(self) -> int:
+        return self.frozen[""].embedding_size()
+
     def targets(self, data: Batch) -> dict[str, Any]:
-        outputs = self.frozen[""](data["image"], self.stages)
-        return {"logits": outputs.logits, "features": outputs.features}
+        return answers(self.frozen[""], data, self.stages, self.embedding)
+
+
+def answers(network: Network, data: Batch, stages: tuple[int, ...], embedding: bool) -> dict[str, Any]:
+    """What `Teacher.targets` gives, of a network."""
+    outputs = network(data["image"], stages, embedding)
+    pooled = {"embedding": outputs.embedding} if embedding else {}
+    return {"logits": outputs.logits, "features": outputs.features, **pooled}
 
 
 def as_teacher(source: nn.Module) -> Teacher:

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from visiondistill.engine.method import Batch, Carry
-from visiondistill.models.network import Network
 from visiondistill.parts import Part
-from visiondistill.teachers.base import Teacher
 
 
 @dataclass(frozen=True)
@@ -21,17 +19,22 @@ class Needs:
         label: labels of the batch.
         soft_label: where an augmentor mixes images, the term takes their mixed labels in place of `label`.
         teacher_logits: the teacher's answer.
-        student_stage, teacher_stage: features of one stage each, -1 for the last.
+        student_stages, teacher_stages: features of these stages, -1 for the last.
+        student_embedding, teacher_embedding: the pooled features that the classifier reads.
         per_sample: the term gives one value per row; otherwise one for the whole batch.
+        peer: roles are exchanged: the term teaches an online teacher (see `terms.Peer`).
     """
 
     head: str = "main"
     label: bool = False
     soft_label: bool = False
     teacher_logits: bool = False
-    student_stage: int | None = None
-    teacher_stage: int | None = None
+    student_stages: tuple[int, ...] = ()
+    teacher_stages: tuple[int, ...] = ()
+    student_embedding: bool = False
+    teacher_embedding: bool = False
     per_sample: bool = True
+    peer: bool = False
 
 
 @dataclass
@@ -43,18 +46,23 @@ class View:
         label: int64 `[B]`, all valid classes; None where an augmentor mixed them.
         target: mixed labels `[B, K]`, rows of sum 1; None where labels are not mixed.
         teacher_logits: `[B, K]`.
-        student_feature, teacher_feature: `[B, C, H, W]`.
+        student_features, teacher_features: `[B, C, H, W]` of each stage, in the order that was asked for.
+        student_prefixes: `[B, n, C]` of the same stages, the class and register tokens; None for other models.
+        student_embedding, teacher_embedding: `[B, D]`.
         batch: the whole batch, for what the term's own `prepare` added.
         carry: the term may add tensors here for its `after`.
     """
 
     logits: Tensor
-    label: Tensor | None
-    teacher_logits: Tensor | None
-    student_feature: Tensor | None
-    teacher_feature: Tensor | None
     batch: Batch
+    label: Tensor | None = None
     target: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    student_features: tuple[Tensor, ...] = ()
+    teacher_features: tuple[Tensor, ...] = ()
+    student_prefixes: tuple[Tensor | None, ...] = ()
+    student_embedding: Tensor | None = None
+    teacher_embedding: Tensor | None = None
     carry: Carry = field(default_factory=dict)
 
 
@@ -62,9 +70,6 @@ class Term(Part):
     """One thing that is matched, unweighted. Set `needs` in the constructor and define `forward`."""
 
     needs: Needs
-
-    def connect(self, student: Network, teacher: Teacher | None) -> None:
-        """Build whatever depends on the networks' shapes, such as regressors; they become players."""
 
     def forward(self, view: View) -> Tensor:
         """One value per row, `[B]`, or a scalar where `needs.per_sample` is False."""

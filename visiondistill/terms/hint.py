@@ -23,15 +23,15 @@ class Hint(Term):
 
     def __init__(self, student_stage: int = -1, teacher_stage: int = -1) -> None:
         super().__init__()
-        self.needs = Needs(student_stage=student_stage, teacher_stage=teacher_stage)
+        self.needs = Needs(student_stages=(student_stage,), teacher_stages=(teacher_stage,))
 
     def connect(self, student: Network, teacher: Teacher | None) -> None:
-        student_channels = student.feature_shapes()[self.needs.student_stage][0]
-        teacher_channels = teacher.feature_shapes()[self.needs.teacher_stage][0]
+        student_channels = student.feature_shapes()[self.needs.student_stages[0]][0]
+        teacher_channels = teacher.feature_shapes()[self.needs.teacher_stages[0]][0]
         self.players["regressor"] = nn.Conv2d(student_channels, teacher_channels, 1)
 
     def forward(self, view: View) -> Tensor:
-        ours, theirs = view.student_feature, view.teacher_feature
+        (ours,), (theirs,) = view.student_features, view.teacher_features
         size = [min(a, b) for a, b in zip(ours.shape[-2:], theirs.shape[-2:], strict=True)]
         predicted = self.players["regressor"](_pooled(ours, size))
         return hint_loss(predicted, _pooled(theirs, size), reduction="none")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from visiondistill.engine.method import Batch, Terms
+from visiondistill.engine.method import Combine, Terms
 from visiondistill.parts import Part
+from visiondistill.terms.base import Needs, View
 
 
 class Weighting(Part):
@@ -15,9 +16,13 @@ class Weighting(Part):
 
     Attributes:
         per_sample: it weights rows one by one and refuses terms that have a value per batch only.
+        needs: what it reads besides the values; None for the batch alone.
+        combine: how the gradients of groups of terms become one; see `Turn`. None for their sum.
     """
 
     per_sample: bool = False
+    needs: Needs | None = None
+    combine: Combine | None = None
 
     def active(self, terms: Sequence[str]) -> list[str]:
         """The terms that are to be computed.
@@ -27,6 +32,6 @@ class Weighting(Part):
         """
         return list(terms)
 
-    def forward(self, values: dict[str, Tensor], batch: Batch) -> Terms:
-        """`{term: [B] or scalar}` to `{term: weighted scalar}`; means over rows."""
+    def forward(self, values: dict[str, Tensor], view: View) -> Terms:
+        """`{term: [B] or scalar}` to `{term or "group/term": weighted scalar}`; means over rows."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")

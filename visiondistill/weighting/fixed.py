@@ -12,6 +12,7 @@ from torch import Tensor
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Batch, Terms
 from visiondistill.engine.rng import Draw
+from visiondistill.terms.base import View
 from visiondistill.weighting.base import Weighting
 
 
@@ -75,8 +76,8 @@ class Fixed(Weighting):
         }
         return batch | {"weights": now}
 
-    def forward(self, values: dict[str, Tensor], batch: Batch) -> Terms:
-        return {name: self._weight(name, batch) * value.mean() for name, value in values.items()}
+    def forward(self, values: dict[str, Tensor], view: View) -> Terms:
+        return {name: self._weight(name, view.batch) * value.mean() for name, value in values.items()}
 
     def _weight(self, name: str, batch: Batch) -> float | Tensor:
         return batch["weights"][name] if name in self.ramps else self.weights.get(name, 1.0)

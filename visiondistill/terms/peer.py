@@ -1,0 +1,43 @@
+"""Terms with the roles exchanged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from visiondistill.engine.errors import SettingsError
+from visiondistill.models.network import Network
+from visiondistill.teachers.base import Teacher
+from visiondistill.terms.base import Term, View
+
+
+class Peer(Term):
+    """A term that teaches an `Online` teacher what the student answers.
+
+    The term sees the teacher's logits as the learner's and the student's as the teacher's, without
+    gradients; mutual learning is `ce`, `kd` and each of them once more as a peer.
+
+    Args:
+        term: reads labels and logits only.
+
+    Raises:
+        SettingsError: the term reads features or another head.
+    """
+
+    def __init__(self, term: Term) -> None:
+        super().__init__()
+        needs = term.needs
+        if needs.student_stages or needs.teacher_stages or needs.student_embedding or needs.teacher_embedding:
+            raise SettingsError(f"{type(term).__name__} reads features: a peer reads labels and logits only")
+        if needs.head != "main":
+            raise SettingsError(f"{type(term).__name__} reads the head '{needs.head}': a peer has the main one only")
+        self.needs = replace(needs, teacher_logits=True, peer=True)
+        self.term = term
+
+    def connect(self, student: Network, teacher: Teacher | None) -> None:
+        if teacher is None or not teacher.online:
+            raise SettingsError(f"a peer ({type(self.term).__name__}) needs a teacher that learns: teachers.Online")
+
+    def forward(self, view: View) -> Tensor:
+        return self.term(view)
