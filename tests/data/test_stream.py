@@ -149,9 +149,10 @@ def test_labelled_fraction_comes_from_the_data_or_the_user():
 
 
 def test_a_batch_larger_than_the_set_is_said_aloud():
+    large = Stream(Pairs(), 25)
     with pytest.warns(UserWarning, match="batch_size=25 is larger than the 10 samples of Pairs"):
-        large = Stream(Pairs(), 25)
-    index = torch.cat([part["index"] for (part,) in read(large, 0, 2, [(0, 25)])])
+        parts = read(large, 0, 2, [(0, 25)])
+    index = torch.cat([part["index"] for (part,) in parts])
     assert index.bincount().tolist() == [5] * SIZE
 
 

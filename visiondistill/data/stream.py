@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -56,12 +59,6 @@ class Stream:
             raise ValueError(f"the data set {name} is empty")
         if batch_size < 1 or workers < 0:
             raise ValueError(f"need batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
-        if batch_size > len(data):
-            warnings.warn(
-                f"batch_size={batch_size} is larger than the {len(data)} samples of {name}: "
-                f"every batch spans epochs and repeats samples",
-                stacklevel=2,
-            )
         self.data, self.batch_size, self.workers, self.transform = data, batch_size, workers, transform
         self.labelled_fraction = _labelled_fraction(data) if labelled_fraction is None else labelled_fraction
         if not 0 < self.labelled_fraction <= 1:
@@ -78,6 +75,12 @@ class Stream:
             seed: decides orders and samples.
             device: where `TensorData` lives from now on; None leaves it where it is.
         """
+        if self.batch_size > len(self.data):
+            warnings.warn(
+                f"batch_size={self.batch_size} is larger than the {len(self.data)} samples of "
+                f"{type(self.data).__name__}: every batch spans epochs and repeats samples",
+                stacklevel=2,
+            )
         order = EpochOrder(len(self.data), seed)
         if isinstance(self.data, TensorData) and self.transform is None:
             if device is not None and device != self.data.device:
@@ -153,7 +156,7 @@ def _loader(samples: Samples, places: Any, workers: int) -> DataLoader:
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=_server() if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_follow_main,
         # Without one of its own the loader draws from the default generator.
         generator=torch.Generator(),
     )
@@ -167,13 +170,22 @@ def _server() -> Any:
     """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group. What is blocked here stays so in the server and its
+    # workers; in this process it only waits. A server that ended would take the workers along.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
-def _ignore_signals(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the main process decides when to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _follow_main(worker: int) -> None:
+    """Live exactly as long as the main process, which decides when to end."""
+    # The loader's own watch is for the parent, here the server, which in turn stays for its workers: neither
+    # would notice a main process that was killed.
+    main = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 
 
 def _labelled_fraction(data: Any) -> float:
