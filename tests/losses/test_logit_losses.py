@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from visiondistill.losses import dist_loss, dkd_loss, kd_loss, reverse_kd_loss, standardize_logits
+from visiondistill.losses import (
+    balanced_divergence_loss,
+    binary_kl_loss,
+    binary_kl_norm_loss,
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    ofa_loss,
+    pld_loss,
+    reverse_kd_loss,
+    sinkhorn_loss,
+    standardize_logits,
+)
 
 B, K = 5, 7
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -18,8 +30,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "dkd": lambda s, t, y: dkd_loss(s, t, y, 1.5, 2.5, 3.0),
     "dist": lambda s, t, y: dist_loss(s, t, 1.5, 2.5, 3.0),
     "standardized_kd": lambda s, t, y: kd_loss(standardize_logits(s), standardize_logits(t), 2.0),
+    "ofa": lambda s, t, y: ofa_loss(s, t, y, 1.5, 2.0),
+    "ofa_target_power": lambda s, t, y: ofa_loss(s, t, y, 1.5, 2.0, nontarget_power=False),
+    "pld": lambda s, t, y: pld_loss(s, t, y, 2.0),
+    "sinkhorn": lambda s, t, y: sinkhorn_loss(s, t, 2.0, 0.3, 5),
+    "balanced": lambda s, t, y: balanced_divergence_loss(s, t, y, 3.0, 2.0),
 }
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+OF_RAW_LOGITS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "binary_kl": lambda s, t, y: binary_kl_loss(s, t, 3.0),
+    "binary_kl_norm": lambda s, t, y: binary_kl_norm_loss(s, t, 3.0),
+}
+"""A constant added to a row of logits changes these, on purpose."""
+ALL = LOSSES | OF_RAW_LOGITS
+every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL.keys())
 
 
 @pytest.fixture
@@ -92,15 +115,15 @@ def test_standardize_is_the_unbiased_z_score(logits):
 # --- identities
 
 
-@pytest.mark.parametrize("name", ["kd", "reverse_kd", "dkd", "standardized_kd"])
+@pytest.mark.parametrize("name", ["kd", "reverse_kd", "dkd", "standardized_kd", "binary_kl", "binary_kl_norm"])
 def test_divergences_vanish_with_their_gradient_at_equality_only(name, logits):
     student, teacher, y = logits
     at = teacher.clone().requires_grad_()
-    value = LOSSES[name](at, teacher, y)
+    value = ALL[name](at, teacher, y)
     (gradient,) = torch.autograd.grad(value, at)
     assert abs(value.item()) < 1e-12
     assert gradient.abs().max() < 1e-12
-    assert LOSSES[name](student, teacher, y) > 0.1
+    assert ALL[name](student, teacher, y) > 0.1
 
 
 def test_dist_at_equality_is_its_eps_only(logits):
@@ -116,7 +139,7 @@ def test_dist_rows_ignore_positive_affine_maps_of_probabilities(logits):
     assert dist_loss(stretched.flip(1), teacher, gamma=0.0).item() > 0.1
 
 
-@every_loss
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_a_constant_added_to_a_row_changes_nothing(loss, logits):
     student, teacher, y = logits
     at = student.clone().requires_grad_()
@@ -206,6 +229,11 @@ def test_mean_is_the_mean_of_the_rows(logits):
         lambda r: reverse_kd_loss(student, teacher, reduction=r),
         lambda r: dkd_loss(student, teacher, y, reduction=r),
         lambda r: dist_loss(student, teacher, gamma=0.0, reduction=r),
+        lambda r: ofa_loss(student, teacher, y, reduction=r),
+        lambda r: pld_loss(student, teacher, y, reduction=r),
+        lambda r: binary_kl_loss(student, teacher, reduction=r),
+        lambda r: binary_kl_norm_loss(student, teacher, reduction=r),
+        lambda r: balanced_divergence_loss(student, teacher, y, reduction=r),
     ):
         rows = with_reduction("none")
         assert rows.shape == (B,)

@@ -5,10 +5,36 @@ stay finite for logits of +-1e4 and are differentiable in every floating argumen
 teacher decides about its gradient. `reduction="none"` gives one value per row.
 """
 
+from visiondistill.losses.attention import attention_transfer_loss
+from visiondistill.losses.balanced import balanced_divergence_loss
+from visiondistill.losses.binary_kl import binary_kl_loss, binary_kl_norm_loss
 from visiondistill.losses.dist import dist_loss
 from visiondistill.losses.dkd import dkd_loss
 from visiondistill.losses.hint import hint_loss
 from visiondistill.losses.kd import kd_loss, reverse_kd_loss
+from visiondistill.losses.nd import nd_loss
+from visiondistill.losses.ofa import ofa_loss
+from visiondistill.losses.pld import pld_loss
+from visiondistill.losses.rkd import rkd_loss
+from visiondistill.losses.sinkhorn import sinkhorn_loss
 from visiondistill.losses.standardize import standardize_logits
+from visiondistill.losses.taid import taid_loss
 
-__all__ = ["dist_loss", "dkd_loss", "hint_loss", "kd_loss", "reverse_kd_loss", "standardize_logits"]
+__all__ = [
+    "attention_transfer_loss",
+    "balanced_divergence_loss",
+    "binary_kl_loss",
+    "binary_kl_norm_loss",
+    "dist_loss",
+    "dkd_loss",
+    "hint_loss",
+    "kd_loss",
+    "nd_loss",
+    "ofa_loss",
+    "pld_loss",
+    "reverse_kd_loss",
+    "rkd_loss",
+    "sinkhorn_loss",
+    "standardize_logits",
+    "taid_loss",
+]

@@ -1,0 +1,47 @@
+"""Attention transfer.
+
+Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928, as a
+mean over positions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+from visiondistill.losses.common import Reduction, lift, reduce
+
+
+def attention_transfer_loss(
+    student_feature: Tensor, teacher_feature: Tensor, p: int = 2, reduction: Reduction = "mean"
+) -> Tensor:
+    """Mean squared difference of two attention maps: the mean over channels of `f^p`, as a unit vector.
+
+    A factor on either feature changes nothing. The larger map is averaged down to the smaller one
+    before the power.
+
+    Args:
+        student_feature, teacher_feature: `[B, C, H, W]`; channels and sizes may differ.
+        p: even power >= 2.
+        reduction: "mean" over rows, or "none" for `[B]`.
+
+    Raises:
+        ValueError: batch sizes differ, p is odd or below 2, or unknown reduction.
+    """
+    if p < 2 or p % 2:
+        raise ValueError(f"p must be an even number >= 2, got {p}")
+    if student_feature.shape[0] != teacher_feature.shape[0]:
+        raise ValueError(
+            f"features must have the same batch size, got {tuple(student_feature.shape)} and "
+            f"{tuple(teacher_feature.shape)}"
+        )
+    student, teacher = lift(student_feature), lift(teacher_feature)
+    size = [min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+    difference = _attention(student, size, p) - _attention(teacher, size, p)
+    return reduce(difference.square().mean(1), reduction)
+
+
+def _attention(feature: Tensor, size: list[int], p: int) -> Tensor:
+    """`[B, C, H, W]` to unit vectors `[B, h * w]`."""
+    pooled = feature if list(feature.shape[-2:]) == size else adaptive_avg_pool2d(feature, size)
+    return normalize(pooled.pow(p).mean(1).flatten(1), dim=1)
