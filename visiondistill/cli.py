@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from visiondistill.options import asks_help, help_of, options_of
+from visiondistill.options import asks_help, options_of
 
 COMMANDS = "visiondistill.commands"
 """Entry-point group by which other packages add commands."""
@@ -20,6 +21,7 @@ USAGE = """usage: visiondistill <verb> [options]
   train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
   finetune [--key value]                    train --recipe finetune: a teacher for the classes of your folder
   evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)
+  export --run DIR [--onnx true]            export what a run made (again), from its checkpoint
   methods [NAME]                            the recipes that there are, or one of them whole
   benchmark step                            the loop's cost against a hand-written one
 
@@ -28,25 +30,30 @@ USAGE = """usage: visiondistill <verb> [options]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 done, 2 wrong input, 3 not finite, 128 + n on signal n)."""
+    """Run one verb; returns the exit code.
+
+    0 done, 2 wrong input, 3 not finite, 4 out of memory, 5 disk full, 128 + n on signal n.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbs: dict[str, Callable[[list[str]], int]] = {
         "demo": demo,
         "train": train,
         "finetune": finetune,
         "evaluate": evaluate,
+        "export": export,
     }
     verbs |= {"methods": methods, "benchmark": benchmark}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    foreign = _foreign(words)
-    if foreign is None and words[0] not in verbs:
-        print(f"visiondistill: unknown verb {words[0]!r}; there are {', '.join(verbs)}", file=sys.stderr)
-        return 2
-    from visiondistill.schema import RecipeError
+    from visiondistill.schema import RecipeError, nearest
 
     try:
+        foreign = _foreign(words)
+        if foreign is None and words[0] not in verbs:
+            close = nearest(words[0], verbs)
+            print(f"visiondistill: unknown verb {words[0]!r}{close}; there are {', '.join(verbs)}", file=sys.stderr)
+            return 2
         return foreign(words[2:]) if foreign is not None else verbs[words[0]](words[1:])
     except RecipeError as error:
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
@@ -60,19 +67,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _foreign(words: list[str]) -> Callable[[list[str]], int] | None:
-    """The command "verb topic" that another package adds, as its entry point "verb.topic"."""
+    """The command "verb topic" that another package adds, as its entry point "verb.topic".
+
+    Raises:
+        RecipeError: the package is not what it was when it was installed.
+    """
     if len(words) < 2 or words[1].startswith("-"):
         return None
-    found = entry_points(group=COMMANDS, name=f"{words[0]}.{words[1]}")
-    return next(iter(found)).load() if found else None
+    found = next(iter(entry_points(group=COMMANDS, name=f"{words[0]}.{words[1]}")), None)
+    if found is None:
+        return None
+    from visiondistill.schema import RecipeError, shadowed
+
+    try:
+        return found.load()
+    except Exception as error:
+        cure = shadowed(found.module)
+        if not isinstance(error, ImportError | AttributeError) and not cure:
+            raise
+        raise RecipeError(f"{words[1]}: {found.value} cannot be imported: {error}{cure}") from error
+
+
+def _topics(verb: str, own: Sequence[str] = ()) -> list[str]:
+    """What may follow a verb, of this package and of others."""
+    added = [entry.name for entry in entry_points(group=COMMANDS)]
+    return [*own, *sorted({name.partition(".")[2] for name in added if name.startswith(f"{verb}.")} - set(own))]
+
+
+def _check_topic(verb: str, words: list[str], own: Sequence[str] = ()) -> None:
+    from visiondistill.schema import RecipeError, nearest
+
+    topics = _topics(verb, own)
+    if words and not words[0].startswith("-") and words[0] not in own:
+        raise RecipeError(f"no topic {words[0]!r}{nearest(words[0], topics)}; there are {', '.join(topics) or 'none'}")
+    if own and (not words or words[0] not in own):
+        raise RecipeError(f"say what: {verb} {'|'.join(topics)}")
 
 
 def train(words: list[str]) -> int:
     """usage: visiondistill train --recipe NAME|FILE [--dry-run] [--dotted.key value ...]
 
     Runs a recipe. Every key of the recipe can be overridden: --run.output_dir runs/mine
-    --run.seed 1 --stages.student.steps 2000. The resolved recipe is saved as config.yaml in the
-    run folder; train --recipe that/file repeats the run, --run.resume auto continues it.
+    --run.seed 1 --stages.student.steps 2000. The resolved recipe, with every default written out
+    below what was chosen, is saved as config.yaml in the run folder; train --recipe that/file
+    repeats the run, --run.resume auto continues it.
     --dry-run stops after the preflight, which says what would be trained on what, at which cost.
     """
     if asks_help(words, train):
@@ -84,7 +122,7 @@ def train(words: list[str]) -> int:
     if "recipe" not in changes:
         raise recipes.RecipeError("name a recipe: --recipe smoke/kd, or a YAML file")
     dry_run = bool(changes.pop("dry-run", False))
-    config = recipes.override(recipes.load(changes.pop("recipe")), changes)
+    config = recipes.override(recipes.load(str(changes.pop("recipe"))), changes)
     from visiondistill.engine.across import process_index
     from visiondistill.workbench import run
 
@@ -103,51 +141,88 @@ def finetune(words: list[str]) -> int:
     The same as train --recipe finetune: puts a new head on a pretrained timm model, for the
     classes of your folder (--student.name NAME --data.root DIR).
     """
-    return 0 if asks_help(words, finetune) else train(["--recipe", "finetune", *words])
+    if asks_help(words, finetune):
+        return 0
+    if any(word.partition("=")[0] == "--recipe" for word in words):
+        from visiondistill.schema import RecipeError
+
+        raise RecipeError("--recipe: finetune is a recipe itself; others are run by train --recipe NAME")
+    return train(["--recipe", "finetune", *words])
 
 
 def evaluate(words: list[str]) -> int:
-    """usage: visiondistill evaluate accuracy|cost --run DIR
-              visiondistill evaluate accuracy|cost --model NAME|EXPORT [--data.root DIR] [--output_dir DIR]
+    """usage: visiondistill evaluate accuracy --run DIR [--data.root DIR] [--output_dir DIR]
+              visiondistill evaluate accuracy --model NAME|FOLDER --data.root DIR [--output_dir DIR]
+              visiondistill evaluate cost --run DIR | --model NAME|FOLDER [--onnx true] [--seconds S]
+                                          [--batch_size N] [--output_dir DIR]
 
     accuracy: top-1/5, NLL, calibration, agreement with the teacher, per-class table and plots on
-    the test images. cost: parameters, operations, latency and throughput.
+    the test images. cost: parameters, operations, latency and throughput; with --onnx true also as
+    ONNX in float32 and int8 (needs the extra "export", and training images: --data.root).
+    A run is measured by its export; FOLDER is any export. Reports go to DIR, by default
+    `evaluation` in the run folder or here.
     """
     if asks_help(words, evaluate):
         return 0
-    if words[:1] not in (["accuracy"], ["cost"]):
-        print(help_of(evaluate), file=sys.stderr)
-        return 2
+    _check_topic("evaluate", words, ("accuracy", "cost"))
+    options: dict[str, Any] = {"run": None, "model": None, "output_dir": None}
+    if words[0] == "cost":
+        options |= {"onnx": False, "seconds": 3.0, "batch_size": 64}
+    chosen = options_of(words[1:], evaluate, options, dotted=("data", "teacher"))
     from rich.console import Console
 
-    from visiondistill import recipes
+    from visiondistill import measure
     from visiondistill.eval import cost_table
-    from visiondistill.measure import accuracy, cost
 
-    changes = recipes.parse_overrides(words[1:])
     if words[0] == "cost":
-        Console().print(cost_table(cost(changes)))
+        Console().print(cost_table(measure.cost(**chosen)))
     else:
-        report = accuracy(changes)
+        report = measure.accuracy(**chosen)
         Console().print(report.table(), report.class_table())
+    return 0
+
+
+def export(words: list[str]) -> int:
+    """usage: visiondistill export --run DIR [--output_dir DIR] [--weights auto|ema|raw] [--onnx true]
+                                   [--checkpoint DIR] [--data.root DIR]
+
+    Exports what a run made, from its newest whole checkpoint (or the one named): also a run that
+    was killed, or again in another form. It goes to DIR, by default `export` in the run folder,
+    where it replaces the one that is there. --weights auto takes the average where one was kept.
+    --data.KEY and --teacher.KEY override the recipe, for files that lie elsewhere by now.
+    """
+    names = ("run", "output_dir", "checkpoint")
+    options = options_of(
+        words, export, dict.fromkeys(names) | {"weights": "auto", "onnx": False}, dotted=("data", "teacher")
+    )
+    if options is None:
+        return 0
+    from visiondistill.schema import RecipeError
+
+    if options["run"] is None:
+        raise RecipeError("name the run: --run FOLDER")
+    from visiondistill.publish import export_again
+
+    exported = export_again(folder=options.pop("output_dir"), **options)
+    print(f"export ({exported.format}, {exported.weights} weights): {exported.folder}")
     return 0
 
 
 def methods(words: list[str]) -> int:
     """usage: visiondistill methods [NAME]
 
-    Lists the recipes that come with the package, or prints one of them with its bases merged in.
+    Lists the recipes that come with the package: name, title, paper, file. With a name (or a file):
+    what the recipe is, the classes that carry its idea and where they are defined, and its
+    settings with its bases merged in.
     """
     if asks_help(words, methods):
         return 0
-    from visiondistill import recipes
+    from visiondistill import catalogue
+    from visiondistill.schema import RecipeError
 
-    if words:
-        config = recipes.load(words[0])
-        print(recipes.about(words[0]), recipes.dump(config), sep="\n", end="")
-        return 0
-    for name in recipes.names():
-        print(f"{name:<16} {recipes.about(name).splitlines()[0]}")
+    if len(words) > 1:
+        raise RecipeError(f"{words[1]!r} is too much: one recipe at a time")
+    print(catalogue.description(words[0]) if words else catalogue.listing())
     return 0
 
 
@@ -157,6 +232,7 @@ def demo(words: list[str]) -> int:
     Trains a teacher on real handwritten digits, then a small student without and with it, and
     shows the difference: a table, and a plot in DIR (default runs/demo).
     """
+    _check_topic("demo", words)
     options = options_of(words, demo, {"output_dir": "runs/demo", "seeds": 3})
     if options is None:
         return 0
@@ -172,9 +248,9 @@ def benchmark(words: list[str]) -> int:
     Times the engine's loop against a hand-written loop that does the same work, interleaved, and
     prints the ratios.
     """
-    if words[:1] != ["step"]:
-        print(help_of(benchmark))
-        return 0 if asks_help(words, benchmark, show=False) else 2
+    if asks_help(words, benchmark):
+        return 0
+    _check_topic("benchmark", words, ("step",))
     options = options_of(words[1:], benchmark, {"pairs": 60})
     if options is None:
         return 0

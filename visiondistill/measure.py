@@ -2,90 +2,237 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from visiondistill import recipes, schema
+from visiondistill.engine.errors import SettingsError
 from visiondistill.schema import RecipeError
 
 if TYPE_CHECKING:
     from visiondistill.data import Source
     from visiondistill.eval import AccuracyReport, Costs
+    from visiondistill.models import Network
 
 DATA = "kd"
-"""Recipe whose data node `--data.*` overrides where no run is named."""
+"""Recipe whose data node `--data.*` overrides where no run names data."""
+RANGES, AT_ONCE = 256, 64
+"""Training images from which int8 takes the ranges of activations, and how many of them at a time."""
 
 
-def accuracy(changes: recipes.Config) -> AccuracyReport:
-    """Measure on the test images and write the report.
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
 
-    Args:
-        changes: "run" (a run folder) or "model" (a timm name or export folder) with "data.*" keys;
-            "output_dir" for the report, by default `evaluation` in the run folder.
-
-    Raises:
-        RecipeError: neither or both of run and model, or data that do not fit.
+    Attributes:
+        network: in eval mode.
+        weights: which it holds, in a word.
+        classes: their names, where an export says them.
+        teacher: None where the recipe's top names none.
+        source: None where data were neither asked for nor given.
+        folder: where the report goes.
     """
+
+    network: Network
+    weights: str
+    classes: tuple[str, ...]
+    teacher: nn.Module | None
+    source: Source | None
+    folder: Path
+
+
+def report_on(
+    network: nn.Module, source: Source, teacher: nn.Module | None = None, weights: str = "as given"
+) -> AccuracyReport:
+    """A classifier on the test images of a source, its temperature fitted on the validation images."""
     from visiondistill.eval import accuracy_report
 
-    network, teacher, source, folder = _subject(dict(changes), needs_data=True)
-    assert source is not None
-    report = accuracy_report(
+    return accuracy_report(
         network,
         source.test(),
         val=source.val() if "val" in source.splits else None,
         teacher=teacher,
         classes=source.classes,
         data_info={"split": "test"} | source.describe().as_dict(),
+        weights=weights,
         **source.crop,
     )
-    report.write(folder)
+
+
+def accuracy(
+    run: str | None = None,
+    model: str | None = None,
+    output_dir: str | None = None,
+    changes: recipes.Config | None = None,
+) -> AccuracyReport:
+    """Measure on the test images and write the report.
+
+    Args:
+        run: a run folder, whose export is measured on the run's data, beside the run's teacher.
+        model: in place of a run: a timm name (with its published weights), or the folder of an
+            export, in any of its forms.
+        output_dir: for the report; by default `evaluation` in the run folder, or here.
+        changes: dotted keys of data and, with a run, teacher: `{"data.root": "photos"}`.
+
+    Raises:
+        RecipeError, SettingsError: neither or both of run and model, no such model or run, or data
+            that do not fit it.
+    """
+    subject = _subject(run, model, output_dir, changes or {}, judged=True, needs_data=True)
+    _check_classes(subject)
+    report = report_on(subject.network, subject.source, subject.teacher, subject.weights)
+    report.write(subject.folder)
     return report
 
 
-def cost(changes: recipes.Config) -> Costs:
+def cost(
+    run: str | None = None,
+    model: str | None = None,
+    output_dir: str | None = None,
+    changes: recipes.Config | None = None,
+    onnx: bool = False,
+    seconds: float = 3.0,
+    batch_size: int = 64,
+) -> Costs:
     """Measure parameters, operations, latency and throughput of the subject, and of its teacher if it has one.
 
-    Args and errors as of `accuracy`; data are not needed.
+    Args:
+        run, model, output_dir, changes: as of `accuracy`; data are needed for `onnx` alone, and
+            weights of a timm name for nothing.
+        onnx: measure the subject as ONNX in float32 and in int8, too; the files stay in `output_dir`.
+        seconds, batch_size: as of `eval.measure_costs`.
+
+    Raises:
+        As of `accuracy`; also where ONNX packages are missing, or seconds or batch_size are not positive.
     """
     from visiondistill.eval import measure_costs
 
-    network, teacher, source, folder = _subject(dict(changes), needs_data=False)
-    named = {"student" if teacher is not None else "model": network}
-    costs = measure_costs(
-        named | ({"teacher": teacher} if teacher is not None else {}),
-        input_size=None if source is None else source.input_size,
-    )
-    costs.write(folder)
+    if seconds <= 0 or batch_size < 1:
+        raise RecipeError(f"need seconds > 0 and batch_size >= 1, got {seconds} and {batch_size}")
+    if onnx:
+        require_onnx()
+    subject = _subject(run, model, output_dir, changes or {}, judged=False, needs_data=onnx)
+    named: dict[str, nn.Module] = {"model" if subject.teacher is None else "student": subject.network}
+    if subject.teacher is not None:
+        named["teacher"] = subject.teacher
+    if onnx:
+        from visiondistill.export import onnx_variants
+
+        named |= onnx_variants(subject.network, subject.folder, _images(subject.source))
+    costs = measure_costs(named, batch_size, seconds, input_size=subject.network.input_size)
+    costs.write(subject.folder)
     return costs
 
 
-def _subject(changes: recipes.Config, needs_data: bool) -> tuple[nn.Module, nn.Module | None, Source | None, Path]:
-    run, model, folder = (changes.pop(name, None) for name in ("run", "model", "output_dir"))
+def run_config(run: str | Path) -> recipes.Config:
+    """The resolved recipe in a run folder.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run} is not a run folder: it has no config.yaml")
+    return recipes.load(path)
+
+
+def require_onnx() -> None:
+    """Raise SettingsError, which names the extra to install, where packages for ONNX are missing."""
+    from visiondistill.export import onnx_file
+
+    try:
+        onnx_file.require_onnx()
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"onnx: {error}") from error
+
+
+def _subject(
+    run: str | None, model: str | None, output_dir: str | None, changes: recipes.Config, judged: bool, needs_data: bool
+) -> Subject:
     if (run is None) == (model is None):
-        raise RecipeError("name what to measure: --run FOLDER, or --model NAME with --data.root DIR")
+        raise RecipeError("name what to measure: --run FOLDER, or --model NAME|FOLDER with --data.root DIR")
     if run is not None:
-        from visiondistill.export.reopen import open_export
+        config = run_config(run)
+        network, facts = _opened(Path(run) / "export", cure=f"; visiondistill export --run {run} makes one")
+        folder = Path(run) / "evaluation"
+    else:
+        config = {}
+        if misplaced := [name for name in changes if not name.startswith("data.")]:
+            raise RecipeError(f"--{misplaced[0]}: with --model only --data.* can be given")
+        network, facts = _named(model, judged)
+        folder = Path("evaluation")
+    if "data" not in config and any(name.startswith("data.") for name in changes):
+        config["data"] = recipes.load(DATA)["data"]
+    config = recipes.override(config, changes)
+    return Subject(
+        network,
+        weights=facts.get("weights", {}).get("which", "pretrained"),
+        classes=tuple(facts.get("classes", ())),
+        teacher=_teacher(config),
+        source=_source(config) if needs_data else None,
+        folder=Path(output_dir or folder),
+    )
 
-        config = recipes.override(recipes.load(Path(run) / "config.yaml"), changes)
-        network, _ = open_export(Path(run) / "export")
-        return network, _teacher(config), _source(config), Path(folder or Path(run) / "evaluation")
-    from visiondistill.models import Timm
 
-    local = Path(str(model)).is_dir()
-    network = Timm(f"local-dir:{model}" if local else str(model), pretrained=True).eval()
-    source = None
-    if needs_data or changes:
-        source = _source(recipes.override({"data": recipes.load(DATA)["data"]}, changes))
-    return network, None, source, Path(folder or "evaluation")
+def _named(model: str, judged: bool) -> tuple[Network, dict[str, Any]]:
+    """A network by timm name or folder, and what export.json says of it.
+
+    Args:
+        judged: its answers count, so that a name needs its published weights.
+    """
+    from visiondistill.export.bundle import FACTS
+
+    folder = Path(model)
+    if (folder / FACTS).is_file():
+        return _opened(folder)
+    name = f"local-dir:{model}" if folder.is_dir() else model
+    arguments = {"name": name} | ({"pretrained": True} if judged else {})
+    node = {"class_path": "visiondistill.models.Timm", "init_args": arguments}
+    return schema.build(node, nn.Module, "model").eval(), {}
 
 
-def _source(config: recipes.Config) -> Any:
+def _opened(folder: Path, cure: str = "") -> tuple[Network, dict[str, Any]]:
+    from visiondistill.export import open_export
+
+    try:
+        return open_export(folder)
+    except ValueError as error:
+        raise SettingsError(f"{error}{cure}") from error
+
+
+def _source(config: recipes.Config) -> Source:
+    if "data" not in config:
+        raise RecipeError("data: none are named; give --data.root DIR (and --data.class_path, if no image folder)")
     schema.check(config["data"], Any, "data")
     return schema.build(config["data"], Any, "data")
 
 
+def _check_classes(subject: Subject) -> None:
+    there, count = subject.source.classes, subject.network.num_classes
+    if count not in (None, len(there)):
+        raise SettingsError(f"data: {len(there)} classes, but the network tells {count} apart")
+    for number, (told, name) in enumerate(zip(subject.classes, there, strict=False)):
+        if told != name:
+            raise SettingsError(
+                f"data: class {number} is {name!r}, but {told!r} in the export: names or their order differ, so every "
+                f"label would be read wrongly"
+            )
+
+
 def _teacher(config: recipes.Config) -> nn.Module | None:
-    return schema.build(config["teacher"], nn.Module, "teacher").eval() if "teacher" in config else None
+    if "teacher" not in config:
+        return None
+    schema.check(config["teacher"], nn.Module, "teacher")
+    return schema.build(config["teacher"], nn.Module, "teacher").eval()
+
+
+def _images(source: Source) -> Iterator[Tensor]:
+    """Training images as an evaluation sees them, from all over the set: they are often sorted by class."""
+    from visiondistill.data import in_order
+    from visiondistill.preflight import some_of
+
+    return (batch["image"] for batch in in_order(some_of(source.train(), RANGES), AT_ONCE))

@@ -73,6 +73,10 @@ class Preflight:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def taught_by(self) -> str:
+        """For the model card; "" where the recipe's top names no teacher."""
+        return "" if self.teacher is None else _taught_by(self.teacher.name, self.teacher_accuracy)
+
     def lines(self) -> list[str]:
         """For people, one fact a line."""
         lines = [] if self.data is None else self.data.lines()
@@ -135,6 +139,25 @@ def preflight(plan: Plan, rehearse: bool = True) -> Preflight:
     )
 
 
+def taught_by(plan: Plan) -> str:
+    """As `Preflight.taught_by`, measured now.
+
+    Raises:
+        SettingsError: a teacher near chance.
+    """
+    return "" if plan.teacher is None else _taught_by(_name(plan.teacher), _measure_teacher(plan)[0])
+
+
+def _taught_by(name: str, accuracy: float | None) -> str:
+    return name if accuracy is None else f"{name}, {accuracy:.1%} on validation"
+
+
+def _name(network: nn.Module) -> str:
+    from visiondistill.models import as_network
+
+    return getattr(network, "name", type(as_network(network).model).__name__)
+
+
 def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -> NetworkFacts | None:
     from visiondistill.models import as_network, count_flops, count_parameters
 
@@ -147,7 +170,7 @@ def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -
         flops = None
     source = getattr(network, "source", None)
     return NetworkFacts(
-        name=getattr(network, "name", type(adapted.model).__name__),
+        name=_name(network),
         parameters=count_parameters(network),
         flops=flops,
         input_size=adapted.input_size,
@@ -177,17 +200,19 @@ def _check_classes(plan: Plan) -> None:
 
 
 def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
-    """Accuracy on validation images; an online teacher (in no recipe's top) is nobody's business here."""
+    """Accuracy on validation images; an online teacher has learnt nothing yet."""
     from visiondistill.eval import evaluate
 
-    if plan.teacher is None or plan.source is None or "val" not in plan.source.splits:
+    online = getattr(plan.teacher, "online", False)
+    if plan.teacher is None or online or plan.source is None or "val" not in plan.source.splits:
         return None, 0
     data = plan.source.val()
-    kept = _some(data, TEACHER_IMAGES)
+    kept = some_of(data, TEACHER_IMAGES)
     scores = evaluate(plan.teacher, kept)
     chance = 1 / len(plan.source.classes)
     noise = 3 * math.sqrt(chance * (1 - chance) / scores.count)
-    if scores.accuracy <= chance + noise:
+    # Of a few images not even all right is clear of chance: then a teacher must be nearer to that than to chance.
+    if scores.accuracy <= min(chance + noise, (1 + chance) / 2):
         raise SettingsError(
             f"teacher: {scores.accuracy:.1%} on {scores.count} validation images is chance ({chance:.1%}): its weights "
             f"were not loaded, its classes are in another order, or its pixels are prepared wrongly. "
@@ -196,7 +221,7 @@ def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
     return scores.accuracy, scores.count
 
 
-def _some(data: Any, count: int) -> Any:
+def some_of(data: Any, count: int) -> Any:
     """The same `count` rows every time, spread over the whole set (sets are often sorted by class)."""
     from visiondistill.data import TensorData
 
@@ -244,10 +269,14 @@ def _existing(path: Path) -> Path:
 def _network_line(role: str, facts: NetworkFacts) -> str:
     flops = "" if facts.flops is None else f", {facts.flops / 1e9:.3g} GFLOP an image"
     size = "" if facts.input_size is None else f", input {'x'.join(map(str, facts.input_size))}"
-    digest = "" if facts.sha256 is None else f", sha256 {facts.sha256[:12]}"
+    weights = facts.weights
+    if facts.sha256 is not None:
+        # Short for people, once; preflight.json has the whole of it.
+        short = facts.sha256[:12]
+        weights = weights.replace(facts.sha256, short) if facts.sha256 in weights else f"{weights}; sha256 {short}"
     return (
         f"{role}: {facts.name}, {facts.parameters:,} parameters{flops}{size}, {facts.num_classes} classes, "
-        f"weights {facts.weights}{digest}"
+        f"weights {weights}"
     )
 
 

@@ -14,6 +14,7 @@ One stage, with the parts that people change on top:
 Several stages stand under `stages`, by name, each with steps, method and optim. Method arguments
 called student, teacher and streams are filled from the top where the method leaves them out; from
 the second stage on, so is its first argument, with what the previous stage handed over.
+`performance: auto` tries before step 1 whether channels-last weights, bf16 and compilation pay here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
@@ -40,17 +41,39 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 
-TOP = ("data", "student", "teacher", "method", "steps", "optim", "stages", "workers", "run")
+TOP = ("data", "student", "teacher", "method", "steps", "optim", "stages", "workers", "performance", "run")
 STAGE = ("steps", "method", "optim")
+FILLED = {"student": "student", "teacher": "teacher", "streams": "data"}
+"""Arguments of methods that the top of the recipe gives, and by which key."""
+FITTED = ("num_classes", "input_size")
+"""Arguments of the student that the data give."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with two mends: `2e-4` is a number, and a key given twice is an error."""
+    """Safe YAML with three mends: `2e-4` is a number, `no` is a word, and a key given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that `_Loader` or a plain YAML reader would take for something else; no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+    )
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> Config:
@@ -153,13 +176,13 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return new
 
 
-def parse_overrides(words: Sequence[str]) -> Config:
-    """`["--run.seed", "3", "--run.compile=true"]` as `{"run.seed": 3, "run.compile": True}`.
+def split_words(words: Sequence[str]) -> dict[str, str]:
+    """`["--run.seed", "3", "--run.compile=true"]` as `{"run.seed": "3", "run.compile": "true"}`.
 
     Raises:
-        RecipeError: a word that is not `--key`, a key without a value, or a value that is not YAML.
+        RecipeError: a word that is not `--key`, or a key without a value.
     """
-    changes: Config = {}
+    said: dict[str, str] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -170,6 +193,18 @@ def parse_overrides(words: Sequence[str]) -> Config:
             if not rest:
                 raise RecipeError(f"{word} needs a value")
             value = rest.pop(0)
+        said[key] = value
+    return said
+
+
+def parse_overrides(words: Sequence[str]) -> Config:
+    """As `split_words`, each value read as YAML: `{"run.seed": 3, "run.compile": True}`.
+
+    Raises:
+        RecipeError: as of `split_words`, or a value that is not YAML.
+    """
+    changes: Config = {}
+    for key, value in split_words(words).items():
         try:
             changes[key] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
@@ -219,6 +254,7 @@ def check(config: Config, given: Collection[str] = ()) -> None:
             _require_class(config[name], name)
             schema.check(config[name], Any if name == "data" else nn.Module, name, later)
     schema.check(config.get("workers", 0), int, "workers")
+    schema.check(config.get("performance", "as set"), Literal["as set", "auto"], "performance")
     top = {*config, *given}
     for index, (_, where, node) in enumerate(_stages(config)):
         extra = [key for key in node if key not in STAGE]
@@ -255,7 +291,10 @@ def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
         built.source = schema.build(config["data"], Any, "data")
     streams = None
     if built.source is not None:
-        streams = {"train": built.source.stream(run.batch_size, config.get("workers", 0))}
+        workers = config.get("workers", 0)
+        # Methods open what they read: validation images cost nothing where no part asks for them.
+        splits = [split for split in ("train", "val") if split in built.source.splits]
+        streams = {split: built.source.stream(run.batch_size, workers, split) for split in splits}
     if "student" in config and built.student is None:
         fitted = _fitted(config["student"], built.source)
         with _seeded(run.seed, "student"):
@@ -288,12 +327,51 @@ def run(config: Config) -> Result:
     from visiondistill.engine import train
 
     stages, settings = build(config)
-    return train(stages, settings, config=dump(config))
+    return train(stages, settings, config=dump(resolve(config)))
 
 
 def dump(config: Config) -> str:
     """The config as YAML that `load` reads back."""
-    return yaml.safe_dump(config, sort_keys=False)
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def resolve(config: Config, given: Collection[str] = ()) -> Config:
+    """A checked config with every default written out, so that the run stays the same when a default changes.
+
+    In each mapping the recipe's own choices come first. What `plan` fills in from the top of the
+    recipe, from the data or from the stage before is not a default and stays out.
+
+    Args:
+        config, given: as of `check`.
+    """
+    from torch import nn
+
+    from visiondistill.engine import Run
+
+    full = dict(config)
+    with_data = "data" in config or "data" in given
+    for name, left_out in (("data", ()), ("student", FITTED if with_data else ()), ("teacher", ())):
+        if name in config:
+            full[name] = schema.complete(config[name], nn.Module, left_out)
+    if with_data:
+        full.setdefault("workers", 0)
+    full["run"] = schema.complete(config["run"], Run)
+    stages = {name: _resolved_stage(index, node) for index, (name, _, node) in enumerate(_stages(config))}
+    return full | ({"stages": stages} if "stages" in config else stages["main"])
+
+
+def _resolved_stage(index: int, node: Config) -> Config:
+    from visiondistill.engine import Method, Optim
+
+    target = schema.resolve(node["method"]["class_path"], "method.class_path")
+    left_out = {*FILLED, *_handed_over(index, (), target, node["method"])}
+    given = node.get("optim") or {}
+    # Players that are not named get "default"; where the recipe has none, the engine's defaults are it.
+    optim = given | {"default": given.get("default", {})}
+    return node | {
+        "method": schema.complete(node["method"], Method, left_out),
+        "optim": schema.complete(optim, dict[str, Optim]),
+    }
 
 
 def _make(node: Config, where: str, seed: int, given: Mapping[str, Any], first: Sequence[str], handover: Any) -> Any:
@@ -324,10 +402,9 @@ def _stages(config: Config) -> list[tuple[str, str, Config]]:
 
 def _filled(top: Collection[str], target: Callable, node: Config) -> list[str]:
     """Arguments of a stage's method that the top of the recipe gives."""
-    sources = {"student": "student", "teacher": "teacher", "streams": "data"}
     own = node.get("init_args") or {}
     takes = schema.parameters_of(target)
-    return [name for name, key in sources.items() if key in top and name in takes and name not in own]
+    return [name for name, key in FILLED.items() if key in top and name in takes and name not in own]
 
 
 def _handed_over(index: int, top: Collection[str], target: Callable, node: Config) -> list[str]:
@@ -342,7 +419,7 @@ def _fitted(node: Config, source: Source | None) -> Config:
         return {}
     own = node.get("init_args") or {}
     takes = schema.parameters_of(schema.resolve(node["class_path"], "student"))
-    fitted = {"num_classes": len(source.classes)}
+    fitted: Config = {"num_classes": len(source.classes)}
     if source.input_size is not None and not own.get("pretrained", False):
         fitted["input_size"] = source.input_size
     return {name: value for name, value in fitted.items() if name in takes and name not in own}

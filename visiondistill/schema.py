@@ -11,9 +11,12 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 Node = Any
@@ -44,12 +47,51 @@ def resolve(path: str, where: str) -> type:
         raise RecipeError(f"{where}: {path!r} is not a class path; write package.module.Class")
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        raise RecipeError(f"{where}: {path!r} cannot be imported: {error}") from error
+    except Exception as error:
+        # What a package does wrong while it is imported is its author's to see, unless it is the wrong package.
+        cure = shadowed(module_name)
+        if not isinstance(error, ImportError) and not cure:
+            raise
+        raise RecipeError(f"{where}: {path!r} cannot be imported: {error}{cure}") from error
     try:
         return getattr(module, name)
     except AttributeError:
-        raise RecipeError(f"{where}: {module_name} has no {name!r}{nearest(name, dir(module))}") from None
+        close = nearest(name, dir(module))
+        raise RecipeError(f"{where}: {module_name} has no {name!r}{close}{shadowed(module_name)}") from None
+
+
+def shadowed(module_name: str) -> str:
+    """After a failed import: whether it met another package than the one installed with this one, and the cure.
+
+    Returns:
+        a clause for the end of a message, "" where nothing stands in the way.
+    """
+    top = module_name.partition(".")[0]
+    own, spec = Path(__file__).resolve().parents[1] / top, find_spec(top)
+    if top not in _companions() or spec is None:
+        return ""
+    found = Path(spec.origin if spec.has_location else next(iter(spec.submodule_search_locations)))
+    if not found.resolve().is_relative_to(own):
+        return (
+            f"; {top!r} is {found} here, another package than the one that comes with {__package__} ({own}): "
+            f"rename or uninstall the other one, or take its folder off PYTHONPATH and start from another folder"
+        )
+    others = sorted(set(packages_distributions().get(top, ())) - {__package__})
+    if not others:
+        return ""
+    return (
+        f"; {', '.join(others)} installed a package {top!r} into the one that comes with {__package__} ({own}): "
+        f"uninstall it, then install {__package__} again"
+    )
+
+
+def _companions() -> set[str]:
+    """Top-level packages that are installed with this one and add commands to it."""
+    try:
+        points = distribution(__package__).entry_points
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return set()
+    return {point.module.partition(".")[0] for point in points} - {__package__}
 
 
 def parameters_of(target: Callable) -> dict[str, inspect.Parameter]:
@@ -149,6 +191,33 @@ def build(node: Node, kind: Any, where: str, given: Mapping[str, Any] | None = N
     return _leaf(node, kind, where)
 
 
+def complete(node: Node, kind: Any, left_out: Collection[str] = ()) -> Node:
+    """A checked node with the defaults of all signatures that it names written out.
+
+    What the node says comes first and in its own order, because arguments are built in that order
+    and networks draw their initial weights when they are built; defaults follow in the
+    signature's order. A default stays out where a file could not say it: objects and functions,
+    and whatever its own annotation would read back as something else.
+
+    Args:
+        node, kind: as of `check`.
+        left_out: arguments of this node's own constructor whose defaults are not written.
+    """
+    if is_class(node):
+        given = node.get("init_args") or {}
+        arguments = _completed(given, resolve(node["class_path"], "class_path"), left_out)
+        if is_class(given):
+            # A class that is itself told a class path and arguments, which it hands on as they are.
+            arguments["init_args"] = _handed_on(given, arguments)
+        return {**node, "init_args": arguments} if arguments else dict(node)
+    option, entry = dataclass_of(kind), _entry_kind(kind)
+    if isinstance(node, Mapping) and option is not None:
+        return _completed(node, option, left_out)
+    if isinstance(node, Mapping) and entry is not None:
+        return {name: complete(value, entry) for name, value in node.items()}
+    return node
+
+
 def nearest(name: str, names: Any) -> str:
     close = difflib.get_close_matches(str(name), [str(n) for n in names if not str(n).startswith("_")], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -157,6 +226,56 @@ def nearest(name: str, names: Any) -> str:
 def dataclass_of(kind: Any) -> type | None:
     """The dataclass that an annotation asks for, if it asks for one."""
     return next((option for option in _options(kind) if is_dataclass(option)), None)
+
+
+def _completed(arguments: Node, target: Callable, left_out: Collection[str]) -> dict[str, Node]:
+    parameters = parameters_of(target)
+    kinds = {name: parameter.annotation for name, parameter in parameters.items()}
+    given = {name: complete(value, kinds.get(name, Any)) for name, value in arguments.items()}
+    return given | _defaults(target, kinds, {*given, *left_out})
+
+
+def _handed_on(node: Node, outer: Collection[str]) -> dict[str, Node]:
+    """Arguments of the class that `node` names, but for what the outer class may add of its own."""
+    target = resolve(node["class_path"], "class_path")
+    given = dict(node.get("init_args") or {})
+    # Nothing reads them by their annotations.
+    kinds = dict.fromkeys(inspect.signature(target).parameters, Any)
+    return given | _defaults(target, kinds, {*given, *outer})
+
+
+def _defaults(target: Callable, kinds: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Node]:
+    """Defaults of a constructor that a file can say, in the signature's order."""
+    values = {name: p.default for name, p in inspect.signature(target).parameters.items()}
+    if is_dataclass(target):
+        # A signature hides those that are made anew each time.
+        values |= {f.name: f.default_factory() for f in fields(target) if f.default_factory is not MISSING}
+    said = {name: _said(values[name], kind) for name, kind in kinds.items() if name not in left_out}
+    return {name: value for name, value in said.items() if value is not Missing}
+
+
+def _said(default: Any, kind: Any) -> Node:
+    """A default as YAML has it; `Missing` where reading that would give something else."""
+    value = _plain(default)
+    if value is Missing or kind in (Any, inspect.Parameter.empty):
+        # Without an annotation nothing turns a list back into the tuple that the code may rely on.
+        return value if value is Missing or value == default else Missing
+    try:
+        return value if _plain(build(value, kind, "default")) == value else Missing
+    except RecipeError:
+        return Missing
+
+
+def _plain(value: Any) -> Node:
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+        return value
+    if type(value) in (tuple, list):
+        entries = [_plain(entry) for entry in value]
+        return Missing if Missing in entries else entries
+    if type(value) is dict and all(type(name) is str for name in value):
+        entries = {name: _plain(entry) for name, entry in value.items()}
+        return Missing if Missing in entries.values() else entries
+    return Missing
 
 
 def _check_kind(target: Any, kind: Any, where: str) -> None:
@@ -189,7 +308,7 @@ def _entry_kind(kind: Any) -> Any | None:
 def _leaf(value: Any, kind: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}: {value} is not a usable number")
-    if kind is Any or kind is inspect.Parameter.empty:
+    if kind is Any or kind is inspect.Parameter.empty or (value is None and type(None) in _options(kind)):
         return value
     from jsonargparse import ArgumentError, ArgumentParser
 

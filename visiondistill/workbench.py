@@ -12,9 +12,9 @@ from torch import nn
 
 from visiondistill import recipes
 from visiondistill.data import OwnData, Source
-from visiondistill.engine import Result, Watch, train
+from visiondistill.engine import Method, Result, Watch, train
 from visiondistill.engine.across import process_index
-from visiondistill.measure import report_on
+from visiondistill.measure import report_on, run_config
 from visiondistill.preflight import Preflight, preflight
 
 if TYPE_CHECKING:
@@ -110,6 +110,37 @@ def distill(
     outcome = run(recipes.override(config, {k.replace("__", "."): v for k, v in changes.items()}), given=given)
     assert outcome is not None
     return outcome
+
+
+def replay(folder: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Play a step again that was not finite, from what its run kept; nothing moves and nothing is written.
+
+    Args:
+        folder: `replay/step_*` in the run folder, as the error names it.
+        given: as of `run`, where the run was given objects.
+
+    Returns:
+        As `engine.replay.replay`: every term of the step, and what is not finite, the cause first.
+
+    Raises:
+        RecipeError, SettingsError: no such folder or run, or files of the run that changed.
+    """
+    from visiondistill.engine import replay as engine
+    from visiondistill.engine.checkpoints import restore, stage_name
+    from visiondistill.engine.launch import launch
+    from visiondistill.engine.state import load
+
+    folder = Path(folder)
+    kept = load(folder)[1]["stage"]
+    plan = recipes.plan(run_config(folder.parent.parent), given)
+    index = [stage.name for stage in plan.stages].index(kept)
+    handover = None
+    if index:
+        earlier = folder.parent.parent / "checkpoints" / stage_name(index - 1, plan.stages[index - 1])
+        handover = restore(plan.stages[:index], plan.run, earlier).method.handover()
+    method = plan.stages[index].method
+    method = method if isinstance(method, Method) else method(handover)
+    return engine.replay(method.to(launch(plan.run.device).device), folder)
 
 
 def _tuned(plan: recipes.Plan, config: recipes.Config, facts: Preflight) -> tuple[recipes.Config, Preflight]:

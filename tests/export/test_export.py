@@ -265,3 +265,13 @@ def test_the_model_card_says_what_a_stranger_needs(source, tmp_path):
     assert "torch.export.load" in card
     assert "not normalised" in card
     assert "{" not in card.split("## Training")[0].replace("{mode}", "{")
+
+
+def test_a_network_of_its_own_size_keeps_it_whatever_the_size_of_the_images(tmp_path):
+    network = Timm("test_resnet", num_classes=10, input_size=(3, 48, 48)).eval()
+    export(network, tmp_path / "export", classes=NAMES, input_size=(3, 20, 20))
+    opened, facts = open_export(tmp_path / "export")
+    assert facts["preprocessing"]["input_size"] == [3, 48, 48]
+    images = torch.rand(4, 3, 20, 20)
+    with torch.no_grad():
+        assert torch.equal(opened(images).logits, network(images).logits)

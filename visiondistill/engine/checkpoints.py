@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from visiondistill.engine import state
-from visiondistill.engine.assembly import Assembly, Kept
-from visiondistill.engine.errors import ResumeError
+from visiondistill.engine.assembly import Assembly, Kept, Tensors
+from visiondistill.engine.errors import DiskError, ResumeError, SettingsError
 from visiondistill.engine.launch import World
 from visiondistill.engine.method import Method
 from visiondistill.engine.settings import Run, Stage
@@ -38,7 +38,7 @@ class Checkpoint:
         """This one, or the end of an earlier stage of the same run, which lies beside it."""
         if index == self.meta["stage"]:
             return self
-        return Checkpoint.read(self.folder.parent / _stage_name(index, stage))
+        return Checkpoint.read(self.folder.parent / stage_name(index, stage))
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Store:
         self.run, self.world = run, world
         self.folder = Path(run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
+        self._finished: dict[str, Checkpoint] = {}
         used = [name for name in ("checkpoints", "metrics.jsonl") if (self.folder / name).exists()]
         world.barrier()
         if run.resume == "none" and used:
@@ -84,16 +85,29 @@ class Store:
                 f"{self.folder} already holds a run ({', '.join(used)}): set resume='auto' to continue it, "
                 f"or choose another output_dir"
             )
-        if world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        world.barrier()
 
     def describe(self, config: str | None) -> None:
-        """Keep where the run takes place, and its recipe, beside the results."""
-        if self.world.first:
-            (self.folder / "env.json").write_text(json.dumps(environment(self.world), indent=1))
+        """Make the folder; keep where the run takes place, its recipe, and the stages that it goes on from.
+
+        Raises:
+            SettingsError: nothing can be written there.
+        """
+        if not self.world.first:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.write_text(self.folder / "env.json", json.dumps(environment(self.world), indent=1))
             if config is not None:
-                (self.folder / "config.yaml").write_text(config)
+                state.write_text(self.folder / "config.yaml", config)
+            for name, checkpoint in self._finished.items():
+                # A run that continues in another folder must find its finished stages there the next time.
+                if not (self.checkpoints / name).exists():
+                    state.save(self.checkpoints / name, checkpoint.tensors, checkpoint.meta)
+        except OSError as error:
+            raise SettingsError(
+                f"run.output_dir: {self.folder} cannot be written to ({error.strerror or error}): "
+                f"choose a folder that this process may write to and that has room"
+            ) from error
 
     def find(self) -> Checkpoint | None:
         """The checkpoint to continue from, if any.
@@ -117,10 +131,10 @@ class Store:
             folder = state.newest(Path(run.output_dir) / "checkpoints")
         else:
             folder = checkpoint_in(Path(run.resume))
-        return None if folder is None else json.loads((folder / "meta.json").read_text())["run"]
+        return None if folder is None else json.loads((folder / state.META).read_text())["run"]
 
-    def restore(self, index: int, assembly: Assembly, checkpoint: Checkpoint | None) -> int:
-        """Bring stage `index` to where the run stood; returns the first step to play."""
+    def restore(self, index: int, assembly: Assembly, checkpoint: Checkpoint | None, final: bool) -> int:
+        """Bring stage `index`, the `final` one or not, to where the run stood; returns the first step to play."""
         if checkpoint is None or index > checkpoint.meta["stage"]:
             if index == 0 and self.run.init_from is not None:
                 source = Checkpoint.read(checkpoint_in(Path(self.run.init_from)))
@@ -129,10 +143,13 @@ class Store:
             return 0
         if index < checkpoint.meta["stage"]:
             checkpoint = checkpoint.of_stage(index, assembly.stage)
-            self._adopt(checkpoint)
         _check_same_run(assembly, checkpoint, self.run, self.world)
+        step = checkpoint.meta["step"]
         assembly.unpack(checkpoint.tensors, checkpoint.meta["numbers"])
-        return checkpoint.meta["step"]
+        assembly.schedule(step)
+        if step == assembly.stage.steps and not final:
+            self._finished[stage_name(index, assembly.stage)] = checkpoint
+        return step
 
     def save(self, index: int, assembly: Assembly, step: int, global_step: int, block: int, final: bool) -> None:
         """Write the checkpoint of a step, and of a finished stage that others follow; then clean up."""
@@ -149,17 +166,23 @@ class Store:
                 "method": assembly.describe(),
                 "rebuilt": assembly.fingerprint(),
             }
-            state.save(self.checkpoints / f"step_{global_step:09d}", tensors, meta)
             if step == assembly.stage.steps and not final:
-                state.save(self.checkpoints / _stage_name(index, assembly.stage), tensors, meta)
+                # First, so that no checkpoint of a later step can be there without it.
+                self._write(stage_name(index, assembly.stage), tensors, meta)
+            self._write(f"step_{global_step:09d}", tensors, meta)
             state.retain(self.checkpoints, self.run.keep, self.run.keep_every)
         self.world.barrier()
 
-    def _adopt(self, checkpoint: Checkpoint) -> None:
-        # A run that continues in another folder must find its finished stages there the next time.
-        own = self.checkpoints / checkpoint.folder.name
-        if self.world.first and not own.exists():
-            state.save(own, checkpoint.tensors, checkpoint.meta)
+    def _write(self, name: str, tensors: Tensors, meta: dict[str, Any]) -> None:
+        try:
+            state.save(self.checkpoints / name, tensors, meta)
+        except OSError as error:
+            size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+            raise DiskError(
+                f"{self.checkpoints / name} could not be written ({error}). It takes {size:,} bytes, and while it is "
+                f"written the ones before it stay, which are whole. Make room, or lower run.keep (it is "
+                f"{self.run.keep}); then continue with run.resume=auto"
+            ) from error
 
 
 def checkpoint_in(path: Path) -> Path:
@@ -182,12 +205,12 @@ def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
     """The networks of a checkpoint, with no step played and nothing written.
 
     The way is that of `train`: stages are built in order, each is handed what the one before made,
-    and each gets the tensors of its own checkpoint, strictly, after its settings and its rebuilt
-    (frozen) networks were compared with those of then. An `Assembly` is made for it, optimisers
+    and each gets the tensors of its own checkpoint, strictly, after its settings and the weights of
+    its rebuilt (frozen) networks were compared with those of then. An `Assembly` is made for it, optimisers
     and all, because it alone knows which tensors a checkpoint holds and what the average follows;
     a shorter way would be a second opinion on that. What cannot change a weight any more may
-    differ: the device, the data, the settings of `run`, except that it is `run` which says
-    whether there is an average.
+    differ: the device, the data, where a teacher's file lies, the settings of `run`, except that
+    it is `run` which says whether there is an average.
 
     Args:
         folder: of the checkpoint, see `checkpoint_in`.
@@ -203,7 +226,7 @@ def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
         method = stage.method if isinstance(stage.method, Method) else stage.method(handover)
         assembly = Assembly(stage, method, run, World(torch.device("cpu")), kept)
         own = checkpoint.of_stage(index, stage)
-        changes = _changes(assembly, own, {}, left_out=("streams",))
+        changes = _changes(assembly, own, {}, _without_sources)
         if changes:
             raise ResumeError(f"{own.folder} was made by other settings:\n  - " + "\n  - ".join(changes))
         assembly.unpack(own.tensors, own.meta["numbers"])
@@ -220,7 +243,8 @@ def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
     )
 
 
-def _stage_name(index: int, stage: Stage) -> str:
+def stage_name(index: int, stage: Stage) -> str:
+    """Folder that keeps the end of a finished stage."""
     return f"stage_{index}_{stage.name}"
 
 
@@ -242,18 +266,27 @@ def _check_same_run(assembly: Assembly, checkpoint: Checkpoint, run: Run, world:
 
 
 def _changes(
-    assembly: Assembly, checkpoint: Checkpoint, settings: Mapping[str, Any], left_out: Sequence[str] = ()
+    assembly: Assembly,
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    of: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> list[str]:
-    """What is not as it was: of the stage, but for `left_out` of its description, and of these settings."""
-    meta = checkpoint.meta
-    then, now = ({k: v for k, v in d.items() if k not in left_out} for d in (meta["method"], assembly.describe()))
+    """What is not as it was: of the stage (`of` its description) and of these settings."""
+    meta, now = checkpoint.meta, json.loads(json.dumps(assembly.describe()))
     changes = _differences(
-        {"run": {k: meta["run"].get(k) for k in settings}, "stage": then},
-        {"run": settings, "stage": json.loads(json.dumps(now))},
+        {"run": {k: meta["run"].get(k) for k in settings}, "stage": of(meta["method"])},
+        {"run": settings, "stage": of(now)},
     )
     if not changes and meta["rebuilt"] != assembly.fingerprint():
         changes = ["the frozen networks (teacher, base of adapters) hold other weights"]
     return changes
+
+
+def _without_sources(description: dict[str, Any]) -> dict[str, Any]:
+    """A stage's description without what it learned from, which may lie elsewhere by now."""
+    told = description["hyperparameters"]
+    kept = {name: own for name, own in told.items() if not name.startswith("frozen.")}
+    return {**description, "streams": {}, "hyperparameters": kept}
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[str]:

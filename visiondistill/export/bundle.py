@@ -114,7 +114,7 @@ def export(
     about, folder = about or About(), Path(folder)
     _check_free(folder)
     network = _portable(model)
-    size = tuple(input_size or network.input_size or _nominal_size(network.model))
+    size = tuple(network.input_size or input_size or _nominal_size(network.model))
     network.input_size = size
     pixels = preprocessing(network, size, crop_pct, crop_mode)
     unfinished = folder.with_name(f".{folder.name}.unfinished")

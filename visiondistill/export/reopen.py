@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visiondistill.export import program
 from visiondistill.export.bundle import FACTS
-from visiondistill.export.program import FILE
 from visiondistill.models import Network, Timm
 from visiondistill.models.weights import sha256_of
 
@@ -37,7 +37,7 @@ def open_export(folder: str | Path) -> tuple[Network, dict[str, Any]]:
     """The network in an exported folder, on the CPU in eval mode, and what export.json says of it.
 
     Raises:
-        ValueError: not an export, or a file of it is missing or changed.
+        ValueError: not an export, a file of it is missing or changed, or could run code when it is opened.
     """
     folder = Path(folder)
     if not (folder / FACTS).is_file():
@@ -50,7 +50,7 @@ def open_export(folder: str | Path) -> tuple[Network, dict[str, Any]]:
     if facts["format"] == "timm":
         with torch.random.fork_rng(devices=[]):  # timm draws weights before it reads them
             return Timm(f"local-dir:{folder}").eval(), facts
-    traced = torch.export.load(folder / FILE).module()
+    traced = program.read(folder / program.FILE)
     model = Program(traced, len(facts["classes"]), facts["weights"]["sha256"])
     network = Network(model, input_size=tuple(pixels["input_size"]), interpolation=pixels["interpolation"])
     return network.eval(), facts

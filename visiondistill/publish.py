@@ -1,0 +1,160 @@
+"""From what a run made to its export and model card: at the end of the run, or again from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from visiondistill import recipes
+from visiondistill.engine import Result
+from visiondistill.engine.checkpoints import Restored, checkpoint_in, restore
+from visiondistill.engine.errors import ResumeError, SettingsError
+from visiondistill.engine.launch import launch
+from visiondistill.export import About, Exported, export_run
+from visiondistill.measure import report_on, require_onnx, run_config
+from visiondistill.preflight import taught_by
+from visiondistill.schema import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from visiondistill.data import Source
+
+Weights = Literal["auto", "ema", "raw"]
+GIVEN = ("student", "teacher", "data")
+"""Keys of a recipe in whose place `distill` takes objects."""
+
+
+def publish(
+    result: Result,
+    source: Source,
+    method: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    teacher: str = "",
+    folder: Path | None = None,
+    **options: Any,
+) -> Exported:
+    """Export what a run made, for the classes and images of its data.
+
+    Args:
+        result: of `engine.train`.
+        method: for the model card: the recipe, and what else there is to say of how it was made.
+        metrics: of the test images, see `AccuracyReport.to_dict`; empty where none were measured.
+        teacher: who taught it, in a sentence.
+        folder, options: as of `export_run`.
+
+    Raises:
+        As of `export_run`.
+    """
+    account = source.describe().as_dict()
+    about = About(name="student", data=account, teacher=teacher, method=method, metrics=metrics)
+    size = source.input_size
+    return export_run(result, folder, classes=source.classes, about=about, input_size=size, **source.crop, **options)
+
+
+def export_again(
+    run: str | Path,
+    folder: str | Path | None = None,
+    weights: Weights = "auto",
+    onnx: bool = False,
+    checkpoint: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Export what a run made, from its recipe and a checkpoint: also where it was killed before its own export.
+
+    Figures in the model card are those of `evaluation/accuracy.json` in the run folder where they
+    are of these weights; otherwise the test images are measured.
+
+    Args:
+        run: the run folder.
+        folder: by default `export` in it; an earlier export there is replaced.
+        weights: "auto" takes the average where one was kept.
+        onnx: write model.onnx, too.
+        checkpoint: which; by default the newest whole one, which must be of the last stage.
+        changes: dotted keys of the recipe, for data or teacher files that lie elsewhere by now.
+
+    Raises:
+        SettingsError, RecipeError: the run cannot be built again, has no such checkpoint or
+            average, or names no data; ONNX packages are missing.
+    """
+    run = Path(run)
+    if weights not in ("auto", "ema", "raw"):
+        raise RecipeError(f"weights: {weights!r}; it must be auto, ema or raw")
+    if onnx:
+        require_onnx()
+    config = recipes.override(run_config(run), changes or {})
+    found = checkpoint_in(Path(checkpoint) if checkpoint is not None else run)
+    plan = _rebuilt(config, run)
+    restored = restore(plan.stages, plan.run, found)
+    if checkpoint is None and not restored.last_stage:
+        raise ResumeError(
+            f"{run} ended in stage '{restored.stage}', before its last one: continue it (train --recipe "
+            f"{run / 'config.yaml'} --run.resume auto), or export that stage's product with --checkpoint {found}"
+        )
+    if weights == "ema" and restored.ema is None:
+        raise RecipeError("weights: this run kept no average (run.ema_decay is null); take --weights raw")
+    result = _as_result(restored, run)
+    product = restored.product if restored.ema is None or weights == "raw" else restored.ema
+    which = "raw" if product is restored.product else "EMA"
+    metrics = _figures(run, product, plan, which)
+    method = {"recipe": config} | _unfinished(restored, plan)
+    place = None if folder is None else Path(folder)
+    try:
+        return publish(result, plan.source, method, metrics, taught_by(plan), place, use=weights, onnx=onnx)
+    except ValueError as error:
+        raise SettingsError(f"{run} cannot be exported: {error}") from error
+
+
+def _rebuilt(config: recipes.Config, run: Path) -> recipes.Plan:
+    """The plan of a run on this machine's CPU, whatever it ran on."""
+    path = run / "config.yaml"
+    try:
+        plan = recipes.plan(recipes.override(config, {"run.device": "cpu"}))
+    except (RecipeError, SettingsError) as error:
+        message, absent = f"{path} cannot be built again: {error}", [n for n in GIVEN if n not in config]
+        if absent:
+            message += f"; it names no {', '.join(absent)}, and what was given to distill() as an object is in no file"
+        raise RecipeError(message) from error
+    if plan.source is None:
+        raise RecipeError(
+            f"{path} names no data at its top, so that classes and image size are unknown. In Python, "
+            f"visiondistill.export.export(network, FOLDER, classes=[...], input_size=(C, H, W)) takes them"
+        )
+    return plan
+
+
+def _as_result(restored: Restored, run: Path) -> Result:
+    return Result(
+        product=restored.product,
+        ema=restored.ema,
+        history=[],
+        output_dir=run,
+        step=restored.step,
+        reason="finished" if restored.finished else "restored",
+        proofs={},
+        method=restored.method,
+    )
+
+
+def _figures(run: Path, product: nn.Module, plan: recipes.Plan, weights: str) -> Mapping[str, Any]:
+    from visiondistill.eval.identity import weights_hash
+
+    stored = run / "evaluation" / "accuracy.json"
+    if stored.is_file():
+        figures = json.loads(stored.read_text("utf-8"))
+        if figures["weights"]["sha256"] == weights_hash(product):
+            return figures
+    if "test" not in plan.source.splits:
+        return {}
+    device = launch().device
+    teacher = None if plan.teacher is None else plan.teacher.to(device)
+    return report_on(product.to(device).eval(), plan.source, teacher, weights).to_dict()
+
+
+def _unfinished(restored: Restored, plan: recipes.Plan) -> dict[str, Any]:
+    if restored.finished:
+        return {}
+    total = sum(stage.steps for stage in plan.stages)
+    return {"checkpoint": f"after step {restored.step} of {total}, in stage '{restored.stage}'"}
