@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distiller import CLASSES, images, net, play, prepared, weights
+from distilling import CLASSES, images, net, play, prepared, weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy

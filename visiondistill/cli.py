@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough (`visiondistill methods | head`); Python would complain at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         # Errors of the engine carry their exit code; anything else is a defect and keeps its traceback.
         if not hasattr(error, "exit_code"):

@@ -56,7 +56,8 @@ class Distiller(Method):
     Args:
         teacher: the source of targets: a network (frozen) or a `Teacher`; None where no term reads
             one. In a recipe's later stages it may be left out: it is then what the stage before made.
-        student: a `Network`, or any classifier of pixels in [0, 1]. Player "student" and product.
+        student: a `Network`, or any classifier of pixels in [0, 1]. Player "student" and, unless the
+            heads say otherwise, the product.
         terms: what is matched, by name.
         streams: data; "train" gives the student's batches. Of others only those that a part reads are opened.
         weighting: how the terms are fused; by default their plain sum.
@@ -182,7 +183,7 @@ class Distiller(Method):
         return writes
 
     def product(self) -> nn.Module:
-        return self.players[STUDENT]
+        return self.parts["heads"].product(self.players[STUDENT])
 
     def _view(self, needs: Needs, ours: Answers, theirs: Answers, batch: Batch) -> View:
         learner, taught = ours["logits"][needs.head], theirs.get("logits") if needs.teacher_logits else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiondistill.models.network import Network, Outputs
 from visiondistill.parts import Part
@@ -22,3 +22,7 @@ class Heads(Part):
     ) -> tuple[dict[str, Tensor], Outputs]:
         """`{head: logits [B, K]}`, and what else was asked of the trunk, from one pass of it."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
+
+    def product(self, student: Network) -> nn.Module:
+        """What is averaged and exported: always the same object."""
+        return student

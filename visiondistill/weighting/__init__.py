@@ -1,6 +1,7 @@
 """How supervision signals are fused."""
 
+from visiondistill.weighting.aligned import Aligned
 from visiondistill.weighting.base import Weighting
 from visiondistill.weighting.fixed import Fixed, Ramp
 
-__all__ = ["Fixed", "Ramp", "Weighting"]
+__all__ = ["Aligned", "Fixed", "Ramp", "Weighting"]
