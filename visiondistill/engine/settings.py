@@ -95,6 +95,9 @@ class Run:
         init_from: checkpoint whose weights (nothing else) the first stage's players start from.
         proof_window: executions of each turn over which proof of learning is judged.
         progress: show a progress bar.
+        report_to: trackers that get the numbers of metrics.jsonl too: names that accelerate knows
+            ("tensorboard", "wandb", "mlflow", ...), or class paths of `GeneralTracker`s of your own.
+            One that fails or hangs costs a warning, never the run; see `report.py`.
     """
 
     output_dir: str
@@ -118,6 +121,7 @@ class Run:
     init_from: str | None = None
     proof_window: int = 20
     progress: bool = True
+    report_to: list[str] = field(default_factory=list)
 
     MAY_DIFFER: ClassVar = (
         "output_dir",
@@ -128,6 +132,7 @@ class Run:
         "keep",
         "keep_every",
         "progress",
+        "report_to",
         "init_from",
     )
     """Settings that cannot change the result, so that a resumed run may have others."""
@@ -158,6 +163,12 @@ class Run:
         )
         _require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, ">= 1, or null")
         _require(self.proof_window >= 0, "proof_window", self.proof_window, ">= 0; 0 switches the proof off")
+        names = isinstance(self.report_to, list) and all(isinstance(name, str) for name in self.report_to)
+        _require(names, "report_to", self.report_to, "a list of names, as in [tensorboard]")
+        if self.report_to:
+            from visiondistill.engine.report import resolve
+
+            resolve(self.report_to)
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
