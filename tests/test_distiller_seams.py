@@ -100,6 +100,30 @@ def test_an_embedding_that_a_network_lacks_is_refused_under_the_terms_name() -> 
         Distiller(student=plain, terms=terms, streams={"train": Stream(images(), 4)})
 
 
+def test_a_teacher_file_may_move_between_a_run_and_its_resume(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from visiondistill.engine.errors import ResumeError
+
+    def run(file: Path, seed: int, output: str, **settings) -> None:
+        torch.manual_seed(seed)
+        if not file.exists():
+            save_file(Timm("cifar_resnet8", num_classes=CLASSES).model.state_dict(), file)
+        teacher = Timm("cifar_resnet8", weights=str(file))
+        student = net(4, 5).float()
+        data = images()
+        data.columns["image"] = data.columns["image"].float()
+        method = Distiller(teacher, student=student, terms={"kd": KL()}, streams={"train": Stream(data, 4)})
+        play(method, tmp_path / output, **settings)
+
+    run(tmp_path / "here.safetensors", 1, "run", steps=4)
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step_000000004")
+    (tmp_path / "here.safetensors").rename(tmp_path / "there.safetensors")
+    run(tmp_path / "there.safetensors", 1, "again", steps=4, resume=checkpoint)
+    with pytest.raises(ResumeError, match="hold other weights"):
+        run(tmp_path / "other.safetensors", 2, "other", steps=4, resume=checkpoint)
+
+
 # --- an online teacher
 
 
