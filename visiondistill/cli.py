@@ -23,6 +23,7 @@ USAGE = """usage: visiondistill <verb> [options]
   finetune [--key value]                    train --recipe finetune: a teacher for the classes of your folder
   evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)
   export --run DIR [--onnx true]            export what a run made (again), from its checkpoint
+  compare --file NAME|FILE [--seeds N]      recipes x seeds on one pair and budget, with intervals
   methods [NAME]                            the recipes that there are, or one of them whole
   benchmark step                            the loop's cost against a hand-written one
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": evaluate,
         "export": export,
     }
-    verbs |= {"methods": methods, "benchmark": benchmark}
+    verbs |= {"compare": compare, "methods": methods, "benchmark": benchmark}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -210,6 +211,40 @@ def export(words: list[str]) -> int:
 
     exported = export_again(folder=options.pop("output_dir"), **options)
     print(f"export ({exported.format}, {exported.weights} weights): {exported.folder}")
+    return 0
+
+
+def compare(words: list[str]) -> int:
+    """usage: visiondistill compare --file NAME|FILE [--arms "[kd, pld]"] [--seeds N] [--output_dir DIR]
+                                     [--dotted.key value ...]
+
+    Runs several recipes on one teacher, student and budget, each with the same seeds, and writes a
+    table, a picture and compare.json: mean and spread, the paired difference to the reference with
+    its 95 % interval, calibration, agreement with the teacher, the cost of a step. Runs that are
+    finished are not run again; after an interruption the same command goes on. Dotted keys
+    override the pair of all arms (--data.root DIR, --steps 1000).
+    """
+    if asks_help(words, compare):
+        return 0
+    from visiondistill import recipes
+    from visiondistill.compare import compare as run_all
+    from visiondistill.compare import load, table
+    from visiondistill.engine.across import process_index
+
+    changes = recipes.parse_overrides(words)
+    if "file" not in changes:
+        raise recipes.RecipeError("name a comparison: --file NAME, or a YAML file")
+    comparison = load(str(changes.pop("file")), changes)
+    try:
+        summaries = run_all(comparison)
+    except KeyboardInterrupt as signalled:
+        print(f"visiondistill compare: {signalled}; the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if process_index() == 0:
+        from rich.console import Console
+
+        Console().print(table(summaries, comparison.reference))
+        print(f"results: {comparison.folder}")
     return 0
 
 

@@ -45,6 +45,8 @@ TOP = ("data", "student", "teacher", "method", "steps", "optim", "stages", "work
 STAGE = ("steps", "method", "optim")
 FILLED = {"student": "student", "teacher": "teacher", "streams": "data"}
 """Arguments of methods that the top of the recipe gives, and by which key."""
+COMPARISONS = "compare"
+"""Folder below `configs` whose files are no recipes; see `compare.py`."""
 FITTED = ("num_classes", "input_size")
 """Arguments of the student that the data give."""
 
@@ -95,7 +97,8 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
+    found = sorted(str(path.relative_to(folder()).with_suffix("")) for path in folder().rglob("*.yaml"))
+    return [name for name in found if not name.startswith(f"{COMPARISONS}/")]
 
 
 def about(name: str) -> str:
@@ -114,10 +117,12 @@ def load(recipe: str | Path) -> Config:
     return _load(recipe, ())
 
 
-def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
-    path = _path_of(recipe).resolve()
-    if path in seen:
-        raise RecipeError(f"{path}: its `base` leads back to itself")
+def read(path: Path) -> Config:
+    """The mapping in a YAML file, as it stands there.
+
+    Raises:
+        RecipeError: not readable, or no mapping.
+    """
     try:
         with path.open() as file:
             config = yaml.load(file, _Loader)
@@ -125,6 +130,14 @@ def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
         raise RecipeError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"{path} must be a mapping of {', '.join(TOP)}")
+    return config
+
+
+def _load(recipe: str | Path, seen: tuple[Path, ...]) -> Config:
+    path = _path_of(recipe).resolve()
+    if path in seen:
+        raise RecipeError(f"{path}: its `base` leads back to itself")
+    config = read(path)
     base = config.pop("base", None)
     return config if base is None else merge(_load(base, (*seen, path)), config)
 
@@ -268,12 +281,13 @@ def check(config: Config, given: Collection[str] = ()) -> None:
         schema.check(node.get("optim", {}), dict[str, Optim], f"{where}optim")
 
 
-def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
+def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source | None = None) -> Plan:
     """Build what a config says: data first, then networks, then methods.
 
     Args:
         config: see the module.
         given: a `Source` as "data", networks as "student" and "teacher", in place of those of the config.
+        source: what the config's data are, where they are built already (`source_of`).
 
     Raises:
         RecipeError: see `check`; also when a constructor refuses its arguments.
@@ -286,9 +300,9 @@ def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
     check(config, given)
     top = {*config, *given}
     run = schema.build(config["run"], Run, "run")
-    built = Plan([], run, given.get("data"), given.get("student"), given.get("teacher"))
+    built = Plan([], run, given.get("data") or source, given.get("student"), given.get("teacher"))
     if "data" in config and built.source is None:
-        built.source = schema.build(config["data"], Any, "data")
+        built.source = source_of(config)
     streams = None
     if built.source is not None:
         workers = config.get("workers", 0)
@@ -316,6 +330,18 @@ def plan(config: Config, given: Mapping[str, Any] | None = None) -> Plan:
     return built
 
 
+def source_of(config: Config) -> Source:
+    """Build the data that a config names, alone.
+
+    Raises:
+        RecipeError: it names none, or they do not fit.
+    """
+    if "data" not in config:
+        raise RecipeError("data: missing")
+    schema.check(config["data"], Any, "data")
+    return schema.build(config["data"], Any, "data")
+
+
 def build(config: Config) -> tuple[list[Stage], Run]:
     """Stages and run of a config; see `plan`."""
     built = plan(config)
@@ -333,6 +359,11 @@ def run(config: Config) -> Result:
 def dump(config: Config) -> str:
     """The config as YAML that `load` reads back."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_back(config: Config) -> Config:
+    """The config as it is after a way through a file."""
+    return yaml.load(dump(config), _Loader)
 
 
 def resolve(config: Config, given: Collection[str] = ()) -> Config:

@@ -49,20 +49,28 @@ class Outcome:
     exported: Exported | None
 
 
-def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] | None = None) -> Outcome | None:
+def run(
+    config: recipes.Config,
+    dry_run: bool = False,
+    given: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    artefacts: bool = True,
+) -> Outcome | None:
     """Check, train, measure on the test images, export.
 
     Args:
         config: a recipe, see `recipes`.
         dry_run: stop after the preflight; nothing is written.
         given: student, teacher (networks) or data (a `Source`) in place of those of the recipe.
+        source: the recipe's own data, where they are built already.
+        artefacts: export the student and draw plots; without them only figures are written.
 
     Raises:
         RecipeError, SettingsError: before the first step, with the key or file named.
         Further errors as of `engine.train`.
     """
-    plan = recipes.plan(config, given)
-    facts = preflight(plan)
+    plan = recipes.plan(config, given, source)
+    facts = preflight(plan, rehearse=artefacts)
     if process_index() == 0 and (plan.run.progress or dry_run):
         print("\n".join(facts.lines()), flush=True)
     if dry_run:
@@ -78,7 +86,7 @@ def run(config: recipes.Config, dry_run: bool = False, given: Mapping[str, Any] 
     student = (result.ema or result.product).eval()
     if plan.source is None or result.reason != "finished":
         return Outcome(student, {}, result.output_dir, result, facts, None)
-    return _finish(plan, result, student, facts, config)
+    return _finish(plan, result, student, facts, config, artefacts)
 
 
 def distill(
@@ -172,7 +180,12 @@ def _watch(source: Source | None) -> Watch | None:
 
 
 def _finish(
-    plan: recipes.Plan, result: Result, student: nn.Module, facts: Preflight, config: Mapping[str, Any]
+    plan: recipes.Plan,
+    result: Result,
+    student: nn.Module,
+    facts: Preflight,
+    config: Mapping[str, Any],
+    artefacts: bool,
 ) -> Outcome:
     from visiondistill.publish import publish
 
@@ -180,9 +193,9 @@ def _finish(
     if "test" in source.splits:
         report = report_on(student, source, plan.teacher, "EMA" if result.ema is not None else "raw")
     metrics = {} if report is None else report.to_dict()
-    if process_index() == 0:
-        if report is not None:
-            report.write(result.output_dir / "evaluation")
+    if process_index() == 0 and report is not None:
+        report.write(result.output_dir / "evaluation", plots=artefacts)
+    if process_index() == 0 and artefacts:
         exported = publish(result, source, {"recipe": config}, metrics, facts.taught_by())
         _plot(result.history, result.output_dir / "curves.png")
         if plan.run.progress:

@@ -176,8 +176,8 @@ class AccuracyReport:
             table.add_row(row.name, f"{row.count}", _share(row.recall), _share(row.precision), row.taken_for or "-")
         return table
 
-    def write(self, folder: str | Path) -> Path:
-        """Write accuracy.json, per_class.csv, confusion.png and reliability.png; returns the folder.
+    def write(self, folder: str | Path, plots: bool = True) -> Path:
+        """Write accuracy.json, per_class.csv and, as `plots`, confusion.png and reliability.png; returns the folder.
 
         With several processes let the first one write.
         """
@@ -190,8 +190,9 @@ class AccuracyReport:
             rows = csv.DictWriter(file, ["name", "count", "recall", "precision", "taken_for"])
             rows.writeheader()
             rows.writerows(asdict(row) for row in self.per_class)
-        draw_confusion(self, folder / "confusion.png")
-        draw_reliability(self, folder / "reliability.png")
+        if plots:
+            draw_confusion(self, folder / "confusion.png")
+            draw_reliability(self, folder / "reliability.png")
         return folder
 
 
