@@ -12,7 +12,7 @@ from PIL import Image
 
 from visiondistill import recipes
 from visiondistill.cli import main
-from visiondistill.data import EmbeddedDigits
+from visiondistill.data import EmbeddedDigits, OwnData, TensorData
 from visiondistill.engine.errors import SettingsError
 from visiondistill.export.reopen import open_export
 from visiondistill.models import SmallConvNet
@@ -67,6 +67,33 @@ def test_a_teacher_at_chance_stops_the_run_before_anything_is_written(tmp_path: 
     with pytest.raises(SettingsError, match="is chance"):
         distill(SmallConvNet([8]), SmallConvNet([8]), EmbeddedDigits(), **settings)
     assert not (tmp_path / "run").exists()
+
+
+class Brighter(torch.nn.Module):
+    """Tells bright images from dark ones, or the other way round."""
+
+    num_classes = 2
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.sign = sign
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = self.sign * (x.mean((1, 2, 3)) - 0.5)
+        return torch.stack([-bright, bright], dim=1)
+
+
+def test_a_handful_of_images_is_enough_for_a_teacher_that_is_right(tmp_path: Path) -> None:
+    label = torch.arange(20) % 2
+    image = (0.2 * torch.rand(20, 1, 8, 8) + 0.6 * label[:, None, None, None]).float()
+    data = OwnData(TensorData({"image": image, "label": label}))
+    assert len(data.val()) == 2
+    settings = {"steps": 2, "run__batch_size": 4, **QUIET}
+    student = SmallConvNet([4], num_classes=2)
+    outcome = distill(student, Brighter(1.0), data, run__output_dir=str(tmp_path / "run"), **settings)
+    assert outcome.facts.teacher_accuracy == 1.0
+    with pytest.raises(SettingsError, match=r"0\.0% on 2 validation images is chance"):
+        distill(student, Brighter(-1.0), data, run__output_dir=str(tmp_path / "other"), **settings)
 
 
 def test_other_classes_than_the_data_are_refused(tmp_path: Path) -> None:

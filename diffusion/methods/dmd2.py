@@ -20,7 +20,7 @@ from diffusion.process import TimeLaw
 from diffusion.samplers import simulate_student_input
 from diffusion.tensors import choose, expand_time
 from visiondistill.engine.method import Batch, Carry, Method, Terms, Turn
-from visiondistill.engine.rng import Draw
+from visiondistill.engine.rng import Draw, key
 
 SCORE_RANGE = (0.02, 0.98)
 """The paper's T_min and T_max, as shares of the way from clean to noise."""
@@ -147,8 +147,8 @@ class DMD2(Method):
 
     def _student_input(self, draw: Draw, condition: Any) -> tuple[Tensor, Tensor]:
         noise, steps = draw.normal("input/noise", *self.shape), len(self.times) - 1
-        # One exit for the whole batch, as in the paper; reading it is a deliberate sync, absent at one step.
-        exit_step = int(draw.shared.integers("input/exit", 0, steps, 1)) if steps > 1 else 0
+        # One exit for the whole batch, as in the paper; drawn on the host, which would wait for a tensor of the device.
+        exit_step = key(draw.seed, draw.step, "input/exit") % steps
         first = expand_time(self.times[0], noise)
         if exit_step == 0:
             return self.process.start(noise, first), first

@@ -142,12 +142,12 @@ class Hint(Method):
         image = batch["train"]["image"]
         image = image + 0.1 * draw.normal("image", *image.shape[1:]).to(image)
         feature, _ = self.frozen["teacher"].forward_intermediates(image)
-        ramp = image.new_tensor(min(draw.step / 10, 1.0))
+        ramp = torch.full((), min(draw.step / 10, 1.0), dtype=image.dtype, device=image.device)
         return batch | {
             "image": image,
             "teacher_feature": feature,
             "teacher_logits": self.frozen["teacher"].forward_head(feature),
-            "hint_weight": 2 * ramp * (torch.arange(*draw.rows[""]) < BATCH // 2),
+            "hint_weight": 2 * ramp * (torch.arange(*draw.rows[""], device=image.device) < BATCH // 2),
         }
 
     def loss(self, batch: Batch) -> tuple[Terms, Carry]:

@@ -16,6 +16,7 @@ from visiondistill.engine.replay import replay
 POISON = 7
 """The eighth step, of an even number and no multiple of five."""
 
+
 def good(name: str) -> Job:
     """Ends by a signal after the last good step."""
     return Job(f"{name}-good", name, signal_at=POISON - 1)

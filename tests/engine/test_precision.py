@@ -77,7 +77,7 @@ def test_the_average_of_a_bf16_network_keeps_what_bf16_cannot() -> None:
     nn.init.zeros_(product.weight)
     average = Ema(product, decay=0.999)
     nn.init.ones_(product.weight)
-    for number in range(200):
-        average.update(number, torch.zeros(()))
+    for _ in range(200):
+        average.update(torch.zeros(()))
     assert average.values[0].dtype == torch.float32
     assert average.values[0].allclose(torch.full((4, 4), 1 - 0.999**200), rtol=1e-4)

@@ -110,9 +110,7 @@ def test_a_turn_that_always_declines_is_told(tmp_path: Path) -> None:
     result = trained(stages, settings, tmp_path)
     assert result.proofs["main"].declined == ["augmentor"]
     fresh = MINIATURES["adversarial"](0, 20)[0][0].method
-    assert_same(
-        dict(result.method.players["augmentor"].state_dict()), dict(fresh.players["augmentor"].state_dict())
-    )
+    assert_same(dict(result.method.players["augmentor"].state_dict()), dict(fresh.players["augmentor"].state_dict()))
 
 
 @pytest.mark.parametrize("name", MINIATURES)

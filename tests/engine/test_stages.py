@@ -28,9 +28,7 @@ class Fit(Method):
         return {"fit": F.mse_loss(self.players["player"](x), x.sin())}, {}
 
 
-def fit(
-    lengths: tuple[int, ...], folder: Path, copies: bool = False, warmup: bool = False
-) -> dict[str, Tensor]:
+def fit(lengths: tuple[int, ...], folder: Path, copies: bool = False, warmup: bool = False) -> dict[str, Tensor]:
     """Weights and average of the last of several stages, each with the player of the one before, or a copy of it."""
 
     def again(player: nn.Module) -> Fit:

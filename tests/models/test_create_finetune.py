@@ -117,3 +117,11 @@ def test_a_model_that_says_nothing_has_one_rate():
 
 def test_a_frozen_trunk_takes_layer_decay_too(weights):
     assert set(rates(probe(weights), layer_decay=0.5)) == {"fc.weight", "fc.bias"}
+
+
+def test_a_new_head_forgets_the_names_of_the_old_classes(tmp_path):
+    labelled = timm.create_model("test_resnet", num_classes=2)
+    timm.models.save_for_hf(labelled, str(tmp_path), model_config={"label_names": ["cat", "dog"]})
+    network = Timm(f"local-dir:{tmp_path}", num_classes=3, new_head=True)
+    assert "label_names" not in network.model.pretrained_cfg
+    assert Timm(f"local-dir:{tmp_path}").model.pretrained_cfg["label_names"] == ["cat", "dog"]

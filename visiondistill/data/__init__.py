@@ -2,10 +2,11 @@
 
 from visiondistill.data.digits import Digits
 from visiondistill.data.folder import ImageFolder
+from visiondistill.data.glyphs import Glyphs
 from visiondistill.data.order import EpochOrder
-from visiondistill.data.own import EmbeddedDigits, OwnData
+from visiondistill.data.own import EmbeddedDigits, OwnData, split_of
 from visiondistill.data.parquet import Parquet
-from visiondistill.data.source import Account, Source
+from visiondistill.data.source import Account, Source, Split
 from visiondistill.data.stream import Stream, in_order
 from visiondistill.data.tensors import TensorData
 from visiondistill.data.timm_sets import TimmData
@@ -16,13 +17,16 @@ __all__ = [
     "Digits",
     "EmbeddedDigits",
     "EpochOrder",
+    "Glyphs",
     "ImageFolder",
     "OwnData",
     "Parquet",
     "Source",
+    "Split",
     "Stream",
     "TensorData",
     "TimmData",
     "Torchvision",
     "in_order",
+    "split_of",
 ]

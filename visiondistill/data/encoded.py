@@ -117,6 +117,11 @@ class EncodedSource(Source):
             return super().crop
         return {"crop_pct": self._reading.crop_pct, "crop_mode": "center"}
 
+    @property
+    def _how(self) -> str:
+        # Where pixels are held and how many bad files are put up with changes none of them.
+        return repr(replace(self._reading, in_memory=None, max_bad_fraction=0.0))
+
 
 def _looks(files: Mapping[str, Encoded], reading: Reading) -> dict[str, list[Look]]:
     budget = reading.budget(sum(map(len, files.values())))

@@ -21,7 +21,7 @@ EXTENSIONS = frozenset(
 """What is listed as an image, in upper or lower case. What is inside is told by content."""
 
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""Names that a split's folder may have."""
+"""Names that a split's folder may have, in upper or lower case."""
 
 
 class ImageFolder(EncodedSource):
@@ -84,7 +84,7 @@ class ImageFolder(EncodedSource):
         folders = _split_folders(Path(root), splits)
         listings = {split: _classes_of(folder) for split, folder in folders.items()}
         names = _agreed({split: set(listing) for split, listing in listings.items()}, classes, folders)
-        notes: list[str] = []
+        notes = _beside(Path(root), folders)
         files, labels = {}, {}
         for split, listing in listings.items():
             paths, left = _listed([listing[name] for name in names])
@@ -122,7 +122,7 @@ def _split_folders(root: Path, splits: Mapping[str, str] | None) -> dict[str, Pa
         return _named_folders(root, splits)
     found: dict[str, Path] = {}
     for split, names in FOLDERS.items():
-        there = [root / name for name in names if _holds_classes(root / name)]
+        there = [root / name for name in _subfolders(root) if name.lower() in names and _holds_classes(root / name)]
         if len(there) > 1:
             raise SettingsError(f"{root} has {' and '.join(p.name for p in there)}: say which is {split} in `splits`")
         found |= {split: there[0]} if there else {}
@@ -141,6 +141,15 @@ def _named_folders(root: Path, splits: Mapping[str, str]) -> dict[str, Path]:
     if len({os.path.realpath(root / name) for name in splits.values()}) < len(splits):
         raise SettingsError(f"one folder cannot serve two splits, got {dict(splits)}")
     return {split: root / splits[split] for split in SPLITS if split in splits}
+
+
+def _beside(root: Path, folders: Mapping[str, Path]) -> list[str]:
+    """A note on folders next to those of the splits, such as a test folder whose images lie in no class."""
+    if root in folders.values():
+        return []
+    used = {folder.relative_to(root).parts[0] for folder in folders.values()}
+    left = [name for name in _subfolders(root) if name not in used]
+    return [f"left out beside {_some(sorted(used))}: {_some(left)}, no split or without classes"] if left else []
 
 
 def _holds_classes(folder: Path) -> bool:

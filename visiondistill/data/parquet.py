@@ -30,9 +30,10 @@ class Parquet(EncodedSource):
     """Images with labels in parquet files, in the layout of the Hugging Face hub.
 
     Splits are told by how file names begin: `train-00000-of-00005.parquet`, `validation-...`,
-    `test-...`, in `root` or in `root/data`; a single file is the training split. Files are read one
-    row group at a time. Names of classes come from the schema's `huggingface` metadata; a column of
-    text gives its values in the order of code points, integers without names are their own names.
+    `test-...`, in `root` or in `root/data`, or by their folder: `train/0000.parquet`; a single file is
+    the training split. Files are read one row group at a time. Names of classes come from the schema's
+    `huggingface` metadata; a column of text gives its values in the order of code points, integers
+    without names are their own names.
     All splits must have the same. A missing label is -1.
 
     Args:
@@ -165,17 +166,22 @@ def _open(path: Path, column: str) -> Any:
 def _split_files(root: Path, splits: Mapping[str, str] | None) -> dict[str, list[Path]]:
     if root.is_file():
         return {TRAIN: [root]}
-    every = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    folders = ["data", *(name for names in PREFIXES.values() for name in names)]
+    every = sorted([*root.glob("*.parquet"), *(path for name in folders for path in root.glob(f"{name}/*.parquet"))])
     if not every:
-        raise SettingsError(f"root={str(root)!r} has no parquet file, nor has its folder 'data'")
+        below = {path.parent.parent if path.parent.name in folders else path.parent for path in root.rglob("*.parquet")}
+        cure = f"; there are some in {', '.join(sorted(map(str, below))[:5])}: name one" if below else ""
+        raise SettingsError(f"root={str(root)!r} has no parquet file, nor have its folders {', '.join(folders)}{cure}")
     if splits is not None and (TRAIN not in splits or set(splits) - set(SPLITS)):
         raise SettingsError(f"splits must say how files of train begin, and may of val and test, got {dict(splits)}")
     if splits is None:
-        stems = {path: re.split(r"[-._]", path.name)[0] for path in every}
+        stems = {path: _split_word(path, root) for path in every}
         found = {split: [path for path in every if stems[path] in names] for split, names in PREFIXES.items()}
         found = {split: paths for split, paths in found.items() if paths}
     else:
-        found = {split: [path for path in every if path.name.startswith(splits[split])] for split in splits}
+        found = {
+            split: [path for path in every if _split_name(path, root).startswith(splits[split])] for split in splits
+        }
     there = ", ".join(path.name for path in every[:10])
     empty = [split for split in (TRAIN, *found) if not found.get(split)]
     if empty:
@@ -183,6 +189,15 @@ def _split_files(root: Path, splits: Mapping[str, str] | None) -> dict[str, list
     if len({path for paths in found.values() for path in paths}) < sum(map(len, found.values())):
         raise SettingsError(f"one file cannot serve two splits: splits={dict(splits or {})} on {there}")
     return found
+
+
+def _split_name(path: Path, root: Path) -> str:
+    """What tells the split: the name of the file, or of its folder where that is a split's."""
+    return path.name if path.parent == root or path.parent.name == "data" else path.parent.name
+
+
+def _split_word(path: Path, root: Path) -> str:
+    return re.split(r"[-._]", _split_name(path, root))[0]
 
 
 def _missing_shards(split: str, paths: Sequence[Path]) -> str | None:

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class BrokenImage(OSError):
+    """A file that could be read when it was listed, and cannot any more."""
+
+    exit_code = 1
+
+
 class Pictures:
     """Images of a list of files with their labels.
 
@@ -47,7 +53,8 @@ class Pictures:
             image = decode(self.files.read(row), self.channels)
         except (OSError, ValueError) as error:
             # Never another image in its place: a run would go on with data that nobody chose.
-            raise OSError(f"{self.files.name(row)} could be read when it was listed, but now: {error}") from error
+            name = self.files.name(row)
+            raise BrokenImage(f"{name} could be read when it was listed, but now: {error}") from error
         return {"image": image if self.view is None else self.view(image), "label": int(self.targets[index])}
 
     def select(self, rows: Tensor) -> Pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -169,11 +170,11 @@ class Source:
         return tuple(name for name in SPLITS if name in self._splits)
 
     def stream(self, batch_size: int, workers: int = 0, split: str = TRAIN) -> Stream:
-        """Batches of a split, see `Stream`; training images are cut at random where the source does so, others never."""
-        data = self._split(split)
+        """Batches of a split, see `Stream`; training images are cut at random where the source does so, no others."""
+        data, contents = self._split(split), self._contents(split)
         if split != TRAIN or self.train_view is None:
-            return Stream(data, batch_size, workers)
-        return Stream(data.as_stored(), batch_size, workers, transform=self.train_view)
+            return Stream(data, batch_size, workers, contents=contents)
+        return Stream(data.as_stored(), batch_size, workers, self.train_view, contents=contents)
 
     def describe(self) -> Account:
         """What is used, left out and there twice."""
@@ -185,6 +186,20 @@ class Source:
             {name: self._account(name) for name in self.splits},
             self._notes,
         )
+
+    def _contents(self, name: str) -> str:
+        """Of what decides the images and labels of a split, where that is known."""
+        split = self._splits[name]
+        digest = hashlib.sha256(repr((self.classes, self.input_size, self._how)).encode())
+        digest.update(split.label.cpu().numpy().tobytes())
+        for each in split.digest or ():
+            digest.update(each if isinstance(each, bytes) else str(each).encode())
+        return digest.hexdigest()
+
+    @property
+    def _how(self) -> str:
+        """How images are read, where the source says."""
+        return ""
 
     def _split(self, name: str) -> Any:
         if name not in self._splits:
@@ -201,6 +216,11 @@ class Source:
                 raise SettingsError(f"{type(self).__name__} has no {name} image")
         for name, split in given.items():
             low, high = int(split.label.min()), int(split.label.max())
+            if name != TRAIN and high == -1:
+                raise SettingsError(
+                    f"none of the {len(split.label)} {name} images has a label, so that nothing could be measured on "
+                    f"them: leave the split out (by `splits`, where files are told apart by it)"
+                )
             if low < -1 or high >= len(self.classes):
                 raise SettingsError(
                     f"labels of {name} are {low} to {high}, but there are {len(self.classes)} classes: "

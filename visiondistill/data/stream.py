@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Stream:
         transform: of each image before it becomes a tensor, in the workers; see `Samples`.
         labelled_fraction: share of samples that have a label. None reads it from the data (its
             labels in memory, or `targets`), and takes 1 where that is impossible.
+        contents: a digest of images and labels, where it is known: a resumed run must have the same.
 
     Raises:
         ValueError: an empty set, batch_size < 1, workers < 0, or a fraction outside (0, 1].
@@ -53,6 +54,7 @@ class Stream:
         workers: int = 0,
         transform: Callable | None = None,
         labelled_fraction: float | None = None,
+        contents: str | None = None,
     ) -> None:
         name = type(data).__name__
         if len(data) == 0:
@@ -60,6 +62,7 @@ class Stream:
         if batch_size < 1 or workers < 0:
             raise ValueError(f"need batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
         self.data, self.batch_size, self.workers, self.transform = data, batch_size, workers, transform
+        self.samples, self.contents = len(data), contents
         self.labelled_fraction = _labelled_fraction(data) if labelled_fraction is None else labelled_fraction
         if not 0 < self.labelled_fraction <= 1:
             raise ValueError(f"labelled_fraction must be in (0, 1], got {self.labelled_fraction} for {name}")
@@ -111,7 +114,7 @@ class Stream:
 
     def _from_workers(self, start: int, rows: Sequence[tuple[int, int]], order: EpochOrder) -> Iterator[list[Batch]]:
         samples = Samples(self.data, self.transform, order.seed)
-        batches = iter(_loader(samples, _Places(order, self.batch_size, start, rows), self.workers))
+        batches = _read(_loader(samples, _Places(order, self.batch_size, start, rows), self.workers))
         while True:
             yield [next(batches) for _ in rows]
 
@@ -130,7 +133,17 @@ def in_order(data: Any, batch_size: int, workers: int = 0) -> Iterator[Batch]:
         [(0, index) for index in range(first, min(first + batch_size, length))]
         for first in range(0, length, batch_size)
     ]
-    yield from _loader(Samples(data, None, seed=0), places, workers)
+    yield from _read(_loader(Samples(data, None, seed=0), places, workers))
+
+
+def _read(loader: DataLoader) -> Iterator[Batch]:
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # At once, whatever still refers to them: workers that ignore signals would keep the interpreter from its exit.
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
 class _Places:
@@ -172,6 +185,7 @@ def _server() -> Any:
     context.set_forkserver_preload([__name__])
     # Ctrl-C and a scheduler's SIGTERM reach the whole group. What is blocked here stays so in the server and its
     # workers; in this process it only waits. A server that ended would take the workers along.
+    resource_tracker.ensure_running()  # unblocks them, so that it must be there before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         forkserver.ensure_running()

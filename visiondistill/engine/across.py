@@ -24,25 +24,33 @@ def process_index() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-class _Mean(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
+    """One that `torch.func` transforms may go through, its backward pass included: that is made of these too."""
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return _reduce(x, "sum") / dist.get_world_size()
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing to keep: all are linear."""
+
+
+class _Sum(_Collective):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _ready(collectives.all_reduce(x.contiguous(), "sum", dist.group.WORLD))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _reduce(gradient, "sum") / dist.get_world_size()
+        return _Sum.apply(gradient)
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(_Collective):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return _ready(_all_gather(x.contiguous(), 0, dist.group.WORLD))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         rows = gradient.shape[0] // dist.get_world_size()
-        whole = _reduce(gradient, "sum")
+        whole = _Sum.apply(gradient)
         return whole[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
 
 
@@ -53,11 +61,7 @@ def gather_across(x: Tensor) -> Tensor:
 
 def mean_across(x: Tensor) -> Tensor:
     """Mean over processes. Use it on whatever enters nonlinearly, such as an inner gradient."""
-    return _Mean.apply(x) if process_count() > 1 else x
-
-
-def _reduce(x: Tensor, how: str) -> Tensor:
-    return _ready(collectives.all_reduce(x.contiguous(), how, dist.group.WORLD))
+    return _Sum.apply(x) / dist.get_world_size() if process_count() > 1 else x
 
 
 def _ready(x: Tensor) -> Tensor:

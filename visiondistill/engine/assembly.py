@@ -26,7 +26,6 @@ class Kept:
     def __init__(self) -> None:
         self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self.averages: dict[nn.Module, Ema] = {}
-        self.updates: dict[nn.Module, int] = {}
 
 
 class Assembly:
@@ -55,19 +54,10 @@ class Assembly:
         self.turns: tuple[Turn, ...] = method.turns()
         _check_turns(self.turns, self.players, stage)
         self.ema = self._average(kept)
-        product = method.product()
-        self.updates_before = kept.updates.get(product, 0)
-        """Updates of the product in earlier stages, so that the average's warm-up goes on."""
-        kept.updates[product] = self.updates_before + self._product_updates(product)
         self.scales = {turn.name: LossScale(world.device) for turn in self.turns if run.mixed_precision == "fp16"}
         self.state = self._own_state()
         for name, module in method.players.items():
             kept.optimizers[module] = self.players[name].optimizer
-
-    def _product_updates(self, product: nn.Module) -> int:
-        own = {id(p) for p in product.parameters()}
-        moving = [t for t in self.turns if any(id(p) in own for name in t.moves for p in self.players[name].parameters)]
-        return max((turn.count(self.stage.steps) for turn in moving), default=0)
 
     def _settings(self, player: str) -> Optim:
         return self.stage.optim.get(player, self.stage.optim.get("default", Optim()))
@@ -115,6 +105,7 @@ class Assembly:
             tensors["optimizers"] |= {f"{name}/{key}": tensor for key, tensor in own.items()}
         if self.ema is not None:
             tensors["averages"] = dict(zip(self.ema.names, self.ema.values, strict=True))
+            tensors["counters"] = {"average": self.ema.updates}
         for name, scale in self.scales.items():
             tensors["scales"] |= {f"{name}.scale": scale.scale, f"{name}.growth": scale.growth}
         return {name: group for name, group in tensors.items() if group}, numbers
@@ -129,12 +120,20 @@ class Assembly:
         self.load_weights(tensors.get("weights", {}))
         if self.ema is not None:
             _copy(dict(zip(self.ema.names, self.ema.values, strict=True)), tensors.get("averages", {}), "averages")
+            _copy(expected["counters"], tensors.get("counters", {}), "counters")
         if "scales" in expected:
             _copy(expected["scales"], tensors.get("scales", {}), "scales")
         for name, player in self.players.items():
             prefix = f"{name}/"
             own = {k.removeprefix(prefix): t for k, t in tensors.get("optimizers", {}).items() if k.startswith(prefix)}
             unpack_optimizer(player.optimizer, own, numbers[name])
+
+    def schedule(self, step: int) -> None:
+        """Bring the learning rates to where they stood after `step` steps."""
+        for name, player in self.players.items():
+            moves = [turn for turn in self.turns if name in turn.moves and turn.count(step)]
+            if moves:
+                player.schedule(max(t.start + t.offset + (t.count(step) - 1) * t.every for t in moves))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights and state, strictly.
@@ -186,15 +185,22 @@ def _check_turns(turns: tuple[Turn, ...], players: Mapping[str, Player], stage: 
 
 
 def _plain(thing: object) -> dict[str, Any]:
-    """What a module or stream was told, as plain data: all its public attributes that can be that."""
-    # Counters and caches are private by convention; `workers` cannot change a batch.
-    left_out = ("training", "workers")
-    told = {}
+    """What a module or stream was told, as plain data: all its public attributes that can be that.
+
+    A class may list in `PROVENANCE` attributes that say where it comes from rather than what it is:
+    weights are compared by value.
+    """
+    told, left_out = {}, getattr(thing, "PROVENANCE", ())
     for name, value in sorted(vars(thing).items()):
-        if name[0] != "_" and name not in left_out and not isinstance(value, nn.Module):
+        if _counts(name) and name not in left_out and not isinstance(value, nn.Module):
             with suppress(TypeError):
                 told[name] = _data(value)
     return told
+
+
+def _counts(attribute: str) -> bool:
+    # Counters and caches are private by convention, `workers` cannot change a batch, streams are described apart.
+    return attribute[0] != "_" and attribute not in ("training", "workers", "streams")
 
 
 def _data(value: object) -> Any:
@@ -210,8 +216,12 @@ def _data(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_data(entry) for entry in value]
     if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | Callable):
-        return {name: _data(entry) for name, entry in vars(value).items() if name[0] != "_"}
+        return {name: _data(entry) for name, entry in vars(value).items() if _counts(name)}
     raise TypeError(type(value).__name__)
+
+
+def _some(names: list[str], count: int = 10) -> str:
+    return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
@@ -223,8 +233,8 @@ def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -
     ]
     if missing or extra or misshaped:
         raise ResumeError(
-            f"{what} of the checkpoint do not fit this run: missing {missing[:5]}, unexpected {extra[:5]}, "
-            f"misshaped {misshaped[:5]}"
+            f"{what} of the checkpoint do not fit this run: missing {_some(missing)}, unexpected {_some(extra)}, "
+            f"misshaped {_some(misshaped)}"
         )
     with torch.no_grad():
         for name, tensor in into.items():

@@ -18,7 +18,10 @@ class Ema:
     Args:
         product: what is followed. Parameters that do not require gradients are not averaged.
         decay: weight of the past in one update, in [0, 1).
-        warmup: use min(decay, (1 + n) / (10 + n)) at the n-th update, counted from 0.
+        warmup: use min(decay, (1 + n) / (10 + n)) at the n-th update that happened, counted from 0.
+
+    Attributes:
+        updates: of the product that happened, 0-d on its device.
     """
 
     def __init__(self, product: nn.Module, decay: float, warmup: bool = False) -> None:
@@ -27,6 +30,7 @@ class Ema:
         self.names: list[str] = []
         self.follow()
         self.values = [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in self.live]
+        self.updates = torch.zeros((), device=self.live[0].device)
 
     def follow(self) -> None:
         """Find the product's tensors, again after something replaced them."""
@@ -38,13 +42,16 @@ class Ema:
         }
         self.names, self.live = list(averaged), list(averaged.values())
 
-    def decay_at(self, update: int) -> float:
-        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+    def decay_at(self, update: Tensor) -> Tensor | float:
+        """The decay of an update by its number (0-d, from 0)."""
+        return ((1 + update) / (10 + update)).clamp(max=self.decay) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self, number: int, hold: Tensor) -> None:
-        """Follow the product after its update `number` (from 0), unless `hold` (0-d, 0 or 1) is set."""
-        weight = (1 - hold) * (1 - self.decay_at(number))
+    def update(self, hold: Tensor) -> None:
+        """Follow the product after an update, unless `hold` (0-d, 0 or 1) is set: then there was none."""
+        happened = 1 - hold
+        weight = happened * (1 - self.decay_at(self.updates))
+        self.updates.add_(happened)
         change = torch._foreach_sub(self.live, self.values)
         torch._foreach_mul_(change, weight)
         torch._foreach_add_(self.values, change)

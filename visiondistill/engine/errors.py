@@ -19,6 +19,18 @@ class ResumeError(SettingsError):
     """A run folder or checkpoint that cannot be continued as asked."""
 
 
+class DiskError(TrainingError):
+    """The disk refused a checkpoint; the one before it is whole."""
+
+    exit_code = 5
+
+
+class OutOfMemory(TrainingError):
+    """No memory left, on the device or the host; the last checkpoint is whole."""
+
+    exit_code = 4
+
+
 class NonFinite(TrainingError):
     """A term or gradient was not finite; nothing was updated from it."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -26,8 +26,10 @@ from visiondistill.engine.checkpoints import Checkpoint, Store
 from visiondistill.engine.compile import FrozenCompiled, compiler_settings
 from visiondistill.engine.errors import NonFinite, SettingsError
 from visiondistill.engine.launch import World, launch
+from visiondistill.engine.memory import memory_advice
 from visiondistill.engine.method import Method
 from visiondistill.engine.proof import Proof, Report
+from visiondistill.engine.report import Reports
 from visiondistill.engine.rng import key
 from visiondistill.engine.settings import Run, Stage
 from visiondistill.engine.shares import Shares
@@ -80,6 +82,8 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: W
         SettingsError: settings, networks and data do not fit together (before the first step).
         ResumeError: the run folder cannot be continued, or is already in use.
         NonFinite: a term or gradient was not finite. Weights are those of the last good update.
+        OutOfMemory: with the settings that take less.
+        DiskError: a checkpoint could not be written. Those before it are whole.
         NoGradient, NotLearning: a player or term takes no part in learning.
     """
     names = [stage.name for stage in stages]
@@ -88,13 +92,21 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: W
     world = launch(run.device)
     store = Store(run, world)
     checkpoint = store.find()
-    store.describe(config)
     done = checkpoint.meta["global_step"] if checkpoint else 0
     total = sum(stage.steps for stage in stages)
-    tracking = Tracker(store.folder, world, total, done, run.batch_size, run.progress)
+    reports = Reports(run, config, done)
     compiling = compiler_settings() if run.compile else nullcontext()
-    with compiling, tracking as tracker, Signals() as signals:
-        return _Session(stages, run, world, store, signals, tracker, watch).play(checkpoint)
+    with compiling, Signals() as signals, ExitStack() as stack, memory_advice(run, stages):
+
+        def begin() -> Tracker:
+            store.describe(config)
+            return stack.enter_context(Tracker(store.folder, world, total, done, run.batch_size, run.progress, reports))
+
+        result = _Session(stages, run, world, store, signals, begin, watch).play(checkpoint)
+    if world.any(signals.received is not None):
+        # Also where all steps were done by then: who asks for the end does not want an evaluation to follow.
+        result.reason = signal.Signals(signals.received or signal.SIGTERM).name
+    return result
 
 
 class _Session:
@@ -107,11 +119,11 @@ class _Session:
         world: World,
         store: Store,
         signals: Signals,
-        tracker: Tracker,
+        begin: Callable[[], Tracker],
         watch: Watch | None,
     ) -> None:
         self.stages, self.run, self.world, self.store = stages, run, world, store
-        self.signals, self.tracker = signals, tracker
+        self.signals, self.begin = signals, begin
         self.watch = watch if run.evaluate_every else None
         self.kept = Kept()
         self.stopped = False
@@ -126,11 +138,15 @@ class _Session:
             run = replace(self.run, seed=key(self.run.seed, "stage", index)) if index else self.run
             assembly = Assembly(stage, method, run, self.world, self.kept)
             shares = Shares(method.streams, run, self.world, checkpoint.meta["noise_block"] if checkpoint else None)
-            first = self.store.restore(index, assembly, checkpoint)
+            first = self.store.restore(index, assembly, checkpoint, final=stage is self.stages[-1])
+            if index == (checkpoint.meta["stage"] if checkpoint else 0):
+                # Not earlier: until it is known to be this run's, the folder is left as it is.
+                self.tracker = self.begin()
             frozen = FrozenCompiled(method.frozen.values(), self.run)
             try:
                 step = self._stage(index, assembly, shares, first, before) if first < stage.steps else first
             finally:
+                shares.close()
                 assembly.release()
                 frozen.release()
             before += step
@@ -175,6 +191,8 @@ class _Session:
                 tracker.log(before + done, stage.name, self._read(assembly, update, shares) | figures)
             if done == stage.steps or stops or (before + done) % run.checkpoint_every == 0:
                 self._check_finite(assembly, update, shares)
+                if done == stage.steps and first == 0:
+                    update.require_updates()
                 self.store.save(index, assembly, done, before + done, shares.block, final=index == len(self.stages) - 1)
             if stops:
                 return done
@@ -238,7 +256,9 @@ class _Session:
             for name in terms:
                 sums.setdefault(f"{turn}/{name}", []).append(next(numbers))
         played.clear()
-        rates = {f"lr/{name}": player.optimizer.param_groups[0]["lr"] for name, player in assembly.players.items()}
+        # The highest: layers below the head may have lower ones.
+        groups = {name: player.optimizer.param_groups for name, player in assembly.players.items()}
+        rates = {f"lr/{name}": max(group["lr"] for group in own) for name, own in groups.items()}
         return {name: sum(found) / len(found) for name, found in sums.items()} | rates
 
     def _check_finite(self, assembly: Assembly, update: Step, shares: Shares, refused: float | None = None) -> None:
@@ -259,9 +279,11 @@ class _Session:
             "seed": run.seed,
             "noise_block": shares.block,
             "rows": shares.micro,
+            "whole": shares.whole,
             "micro_batches": len(batches),
             "rank": self.world.rank,
             "dtype": str(assembly.noise_dtype).removeprefix("torch."),
+            "mixed_precision": run.mixed_precision,
         }
         found = replay.examine(method, batches, meta)
         found["not_finite"] = self.world.union(found["not_finite"])
@@ -271,6 +293,6 @@ class _Session:
         causes = found["not_finite"] or "a term or gradient (not on replay)"
         raise NonFinite(
             f"step {step} of stage '{assembly.stage.name}', turn '{turn}': not finite: {causes}; terms {seen}. "
-            f"Nothing was updated from it; {folder} replays it. "
-            f"Lower the learning rate, clip gradients, or look at the inputs named here."
+            f"Nothing was updated from it; {folder} keeps it, and visiondistill.workbench.replay plays it again. "
+            f"Lower optim.*.lr, set optim.*.clip, or mend the inputs that are named here."
         )

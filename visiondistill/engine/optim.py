@@ -51,11 +51,13 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, steps: in
         # timm's schedulers start from the plain rate and multiply by `lr_scale` (layer decay) themselves.
         group.pop("initial_lr", None)
         group["lr"] = settings.lr
-    common = {"warmup_t": settings.warmup, "warmup_lr_init": 0.0, "t_in_epochs": False}
+    # As a prefix, so that the rate really arrives at `lr` before it falls.
+    common = {"warmup_t": settings.warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
+    rest = max(steps - settings.warmup, 1)
     if settings.schedule == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=steps, **common)
+        return CosineLRScheduler(optimizer, t_initial=rest, **common)
     if settings.schedule == "linear":
-        return PolyLRScheduler(optimizer, t_initial=steps, power=1.0, **common)
+        return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, **common)
     return StepLRScheduler(optimizer, decay_t=steps + 1, **common)
 
 

@@ -83,12 +83,12 @@ class Proof:
                 if largest:
                     _keep(self.gradients, (turn.name, name, player.name), torch.stack(largest).max())
 
-    def settled(self, turn: Turn, hold: Tensor, average: int | None) -> None:
-        """Note whether the update happened (`hold` 0) and, where the average followed, its number."""
+    def settled(self, turn: Turn, hold: Tensor, average: bool) -> None:
+        """Note whether the update happened (`hold` 0), and whether the average is told of it."""
         happened = 1 - hold
         self.updates[turn.name] = self.updates[turn.name] + happened if turn.name in self.updates else happened
-        if average is not None and self.twin is not None:
-            self.twin.follow(average, hold)
+        if average and self.twin is not None:
+            self.twin.follow(hold)
 
     def judge(self) -> Report:
         """Read everything once and decide.
@@ -152,10 +152,12 @@ class _EmaTwin:
 
     def __init__(self, ema: Ema) -> None:
         self.ema, self.live = ema, ema.live[0]
-        self.value = ema.values[0].double().clone()
+        self.value, self.updates = ema.values[0].double().clone(), ema.updates.double().clone()
 
-    def follow(self, update: int, hold: Tensor) -> None:
-        weight = (1 - hold.double()) * (1 - self.ema.decay_at(update))
+    def follow(self, hold: Tensor) -> None:
+        happened = 1 - hold.double()
+        weight = happened * (1 - self.ema.decay_at(self.updates))
+        self.updates += happened
         self.value += weight * (self.live.detach().double() - self.value)
 
     def agrees(self) -> bool:

@@ -20,7 +20,8 @@ class Optim:
         lr: peak learning rate.
         weight_decay: not applied to biases and norms (timm's rule).
         clip: greatest norm of the player's whole gradient; None leaves it alone.
-        schedule: of the learning rate over the stage's steps: "constant", "cosine" or "linear" to 0.
+        schedule: of the learning rate from the end of the warm-up to that of the stage: "constant", "cosine"
+            or "linear" to 0.
         warmup: steps of linear warm-up from 0.
         options: further arguments of the optimiser, such as `{"betas": [0.0, 0.99]}`.
     """

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from visiondistill.engine.assembly import Assembly
 from visiondistill.engine.compile import compiled
-from visiondistill.engine.errors import NoGradient, SettingsError
+from visiondistill.engine.errors import NoGradient, NotLearning, SettingsError
 from visiondistill.engine.method import Batch, Carry, Method, Terms, Turn
 from visiondistill.engine.players import Player
 from visiondistill.engine.proof import Proof
@@ -66,6 +66,12 @@ class TurnModule(nn.Module):
         return self.loss(batch)
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to what `Run.mixed_precision` says."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 class Context:
     """What the turns of a stage share."""
 
@@ -76,10 +82,9 @@ class Context:
         self.guard = Guard(self.world.device)
         self.writes_state = type(self.method).after is not Method.after
         self.modes_of: TurnRunner | None = None
-        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.run.mixed_precision]
 
     def autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.dtype is None else torch.autocast(self.world.device.type, self.dtype)
+        return autocast(self.run.mixed_precision, self.world.device)
 
     def write(self, writes: dict[str, Tensor | tuple[Tensor, Tensor]], hold: Tensor) -> None:
         held = hold.bool()
@@ -111,6 +116,7 @@ class TurnRunner:
         self.moves_product = any(id(p) in followed for p in self.parameters)
         self.tracks = any(next(player.module.buffers(), None) is not None for player in self.movers)
         self.scale = context.assembly.scales.get(turn.name)
+        self.plays, self.skipped = 0, torch.zeros((), device=context.world.device)
         self.reseed = Reseed(context.world.device, context.run.seed, turn.name, context.world.rank)
         self.forward = self._wrap(turn.loss)
 
@@ -161,15 +167,16 @@ class TurnRunner:
             self._combine(groups)
         hold = self._judge(terms, [carry.pop("skip") for carry in carries if "skip" in carry])
         self._move(step, hold)
+        self.plays += 1
+        if hold is not guard.flag:
+            self.skipped.add_(hold)
         if context.writes_state:
             with torch.no_grad():
                 context.write(context.method.after(self.turn.name, tree_join(carries)), hold)
-        average = None
         if self.moves_product and context.ema is not None:
-            average = context.assembly.updates_before + self.turn.count(step)
-            context.ema.update(average, hold)
+            context.ema.update(hold)
         if context.proof is not None:
-            context.proof.settled(self.turn, hold, average)
+            context.proof.settled(self.turn, hold, average=self.moves_product)
         guard.refused.add_(guard.flag)
         return terms, carries
 
@@ -303,16 +310,23 @@ class Step:
             whole = self._prepare(step, tree_join(raw), self.whole, names)
         carried: list[Carry] = [{} for _ in batches]
         for runner in due:
-            if runner.turn.accumulate or whole is None:
-                inputs = [batch | carry for batch, carry in zip(batches, carried, strict=True)]
-            else:
-                inputs = [whole | tree_join(carried)]
-            terms, carries = runner.play(step, inputs)
+            terms, carries = runner.play(step, turn_inputs(runner.turn, batches, whole, carried))
             self.played.append((step, runner.turn.name, terms))
-            if len(carries) == len(carried):
-                carried = [old | new for old, new in zip(carried, carries, strict=True)]
-            elif carries[0]:
-                carried = [old | part for old, part in zip(carried, _split(carries[0], len(carried)), strict=True)]
+            carried = handed_on(carried, carries)
+
+    def require_updates(self) -> None:
+        """Of the product, once its stage is over.
+
+        Raises:
+            NotLearning: every one was skipped.
+        """
+        moving = [runner for runner in self.turns if runner.moves_product and runner.plays]
+        if moving and all(runner.skipped.item() == runner.plays for runner in moving):
+            counts = {runner.turn.name: runner.plays for runner in moving}
+            raise NotLearning(
+                f"stage '{self.context.assembly.stage.name}' trained nothing: every update was skipped ({counts}). "
+                f"Either fp16 overflowed each time (set run.mixed_precision to bf16 or no), or the turns declined"
+            )
 
     def _draw(self, rows: Rows, shares: Shares) -> Draw:
         context = self.context
@@ -325,6 +339,20 @@ class Step:
         self.reseed(step, draw.rows[""][0])
         with torch.no_grad(), context.autocast():
             return context.method.prepare(dict(raw), draw, due)
+
+
+def turn_inputs(turn: Turn, batches: Sequence[Batch], whole: Batch | None, carried: Sequence[Carry]) -> list[Batch]:
+    """What a turn is played on: every micro-batch, or `whole` where there are several and the turn wants one."""
+    if turn.accumulate or whole is None:
+        return [batch | carry for batch, carry in zip(batches, carried, strict=True)]
+    return [whole | tree_join(carried)]
+
+
+def handed_on(carried: Sequence[Carry], carries: Sequence[Carry]) -> list[Carry]:
+    """What later turns of the step receive, by micro-batch, after a turn that gave `carries`."""
+    if len(carries) < len(carried):
+        carries = _split(carries[0], len(carried))
+    return [old | new for old, new in zip(carried, carries, strict=True)]
 
 
 def _split(carry: Carry, count: int) -> list[Carry]:

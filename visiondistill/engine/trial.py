@@ -20,6 +20,7 @@ from visiondistill.engine.assembly import Assembly, Kept
 from visiondistill.engine.checkpoints import Store
 from visiondistill.engine.compile import FrozenCompiled, compiler_settings
 from visiondistill.engine.launch import World, launch
+from visiondistill.engine.memory import memory_advice
 from visiondistill.engine.method import Method
 from visiondistill.engine.settings import Run, Stage
 from visiondistill.engine.shares import Shares
@@ -66,7 +67,8 @@ def fastest(stage: Stage, run: Run, steps: int) -> tuple[Run, list[str]]:
     with torch.random.fork_rng(devices=devices):
         method = _own_copy(stage.method).to(world.device)
         method.setup(method.streams)
-        best = _measured(stage, method, run, world)
+        with memory_advice(run, [stage]):
+            best = _measured(stage, method, run, world)
         lines = [f"as set: {_told(best)}"]
         for name, value in SWITCHES.items():
             if getattr(run, name) != Run.__dataclass_fields__[name].default:

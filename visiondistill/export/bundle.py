@@ -131,7 +131,11 @@ def export(
         exported = Exported(folder, form, files, weights, weights_hash(network), differences)
         _describe(exported, unfinished, list(classes), about, pixels)
         if folder.exists():
-            shutil.rmtree(folder)
+            # Without its name first: half deleted, it would not be known for an earlier export.
+            discarded = folder.with_name(f".{folder.name}.discarded")
+            shutil.rmtree(discarded, ignore_errors=True)
+            os.replace(folder, discarded)
+            shutil.rmtree(discarded)
         os.replace(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -14,6 +14,9 @@ Trainable = Literal["all", "head"]
 
 FINETUNE = "visiondistill train --recipe finetune --student.name NAME --data.root DIR"
 """What makes a teacher of any timm model NAME on the classes of a folder."""
+
+OF_THE_HEAD = ("label_names", "label_descriptions")
+"""Entries of timm's configuration that name the classes of the head that came with the weights."""
 
 
 class LoadedNetwork(Network):
@@ -33,6 +36,9 @@ class LoadedNetwork(Network):
         ValueError: another `trainable`.
         TypeError: "head" of a model without `get_classifier`, as timm's models have it.
     """
+
+    PROVENANCE: ClassVar = ("name", "source")
+    """What a run that is continued may have found elsewhere."""
 
     def __init__(
         self,
@@ -100,6 +106,9 @@ def with_new_head(model: nn.Module, num_classes: int | None) -> None:
     if not hasattr(model, "reset_classifier"):
         raise TypeError(f"new_head: {type(model).__name__} needs the method reset_classifier(num_classes)")
     model.reset_classifier(num_classes)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict):
+        model.pretrained_cfg = {key: value for key, value in config.items() if key not in OF_THE_HEAD}
 
 
 def _classifiers(model: nn.Module) -> Iterator[nn.Module]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from visiondistill.engine.method import Batch
 from visiondistill.engine.rng import Draw
+from visiondistill.models.network import evaluating
 from visiondistill.parts import Part
 
 
@@ -39,6 +42,11 @@ class Teacher(Part):
     def embedding_size(self) -> int:
         """`D` of its pooled features; errors as in `stage_index`."""
         raise TypeError(f"{type(self).__name__} has no features, only logits")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]` of images in [0, 1], for whoever measures the source as a classifier."""
+        with evaluating(*self.players.values(), *self.frozen.values()):
+            return self.targets({"image": images})["logits"]
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         return batch if self.online else batch | {"teacher": self.targets(batch["train"])}
