@@ -172,8 +172,11 @@ class Rows:
 def read(stream: Stream, steps: int, start: int = 0, **settings: Any) -> list[int]:
     """The samples of `steps` steps, in the order of the global batch."""
     run = Run("nowhere", batch_size=stream.batch_size, device="cpu", **settings)
-    feed = Shares({"train": stream}, run, World(torch.device("cpu"))).feed(start)
-    return [row for _ in range(steps) for part in next(feed) for row in part["train"]["index"].tolist()]
+    shares = Shares({"train": stream}, run, World(torch.device("cpu")))
+    feed = shares.feed(start)
+    rows = [row for _ in range(steps) for part in next(feed) for row in part["train"]["index"].tolist()]
+    shares.close()
+    return rows
 
 
 WORKERS = [0, 2]
