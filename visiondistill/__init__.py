@@ -17,6 +17,7 @@ _HOME = {
     "Optim": "visiondistill.engine",
     "Run": "visiondistill.engine",
     "Stage": "visiondistill.engine",
+    "distill": "visiondistill.workbench",
     "train": "visiondistill.engine",
 }
 _SUBMODULES = (

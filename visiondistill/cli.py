@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of a pipe has seen enough (`visiondistill methods | head`); Python would complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which not every system has
     except Exception as error:
         # Errors of the engine carry their exit code; anything else is a defect and keeps its traceback.
         if not hasattr(error, "exit_code"):

@@ -8,7 +8,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -176,11 +175,15 @@ def _loader(samples: Samples, places: Any, workers: int) -> DataLoader:
 
 
 def _server() -> Any:
-    """Workers are forked from a process that has done nothing but import.
+    """Workers are forked from a process that has done nothing but import, where the system can do that.
 
     A fork of this one would copy thread pools and signal handlers that do not survive it; a fresh
     interpreter for each would import torch again.
     """
+    if "forkserver" not in torch.multiprocessing.get_all_start_methods():
+        return torch.multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker  # neither is there on every system
+
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Ctrl-C and a scheduler's SIGTERM reach the whole group. What is blocked here stays so in the server and its
