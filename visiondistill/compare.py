@@ -2,7 +2,7 @@
 
 A comparison is a YAML file:
 
-    pair: {data: ..., student: ..., teacher: ..., steps: 640, optim: ..., run: ...}   # laid over every arm
+    pair: {data: ..., student: ..., teacher: ..., steps: 640, optim: ..., run: ...}   # of every arm
     arms:
       ce: {recipe: ce}
       kd: {recipe: kd}
@@ -22,6 +22,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (recipes.folder() / recipes.COMPARISONS).glob("*.yaml"))
 
 
-def compare(comparison: Comparison, say: Callable[[str], None] = print) -> list[Summary]:
+def compare(comparison: Comparison, say: Callable[[str], None] = partial(print, flush=True)) -> list[Summary]:
     """Run what is not finished yet, seed by seed, and write compare.json, compare.md and compare.png.
 
     Raises:
@@ -212,6 +213,8 @@ def _arm(name: str, node: Any, pair: recipes.Config, changes: Mapping[str, Any])
     if not isinstance(node, dict) or set(node) - {"recipe", "changes"} or "recipe" not in node:
         raise RecipeError(f"arms.{name}: expected a recipe and, where needed, changes; got {node!r}")
     config = recipes.merge(recipes.load(node["recipe"]), pair)
+    # Who and on what stands in place of the recipe's own, whose arguments are another network's.
+    config |= {role: pair[role] for role in ("data", "student", "teacher") if role in pair}
     if "stages" in config:
         raise RecipeError(f"arms.{name}: a recipe of several stages has no budget to share with others")
     config = recipes.override(recipes.override(config, node.get("changes") or {}), changes)
