@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def compare(words: list[str]) -> int:
         raise recipes.RecipeError("name a comparison: --file NAME, or a YAML file")
     comparison = load(str(changes.pop("file")), changes)
     try:
-        summaries = run_all(comparison)
+        summaries = run_all(comparison, partial(print, flush=True))
     except KeyboardInterrupt as signalled:
         print(f"visiondistill compare: {signalled}; the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -22,7 +22,6 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +132,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (recipes.folder() / recipes.COMPARISONS).glob("*.yaml"))
 
 
-def compare(comparison: Comparison, say: Callable[[str], None] = partial(print, flush=True)) -> list[Summary]:
+def compare(comparison: Comparison, say: Callable[[str], None] = print) -> list[Summary]:
     """Run what is not finished yet, seed by seed, and write compare.json, compare.md and compare.png.
 
     Raises:
