@@ -88,6 +88,15 @@ def with_small_networks(node: Any) -> Any:
     return {name: with_small_networks(value) for name, value in node.items()}
 
 
+def with_roots(node: Any, roots: dict[str, Path]) -> Any:
+    """A data node that reads the small set; sources that make their images up stay as they are."""
+    if not isinstance(node, dict):
+        return node
+    root = roots.get(node.get("class_path", "").rpartition(".")[2])
+    changed = {name: with_roots(value, roots) for name, value in node.items()}
+    return changed if root is None else changed | {"init_args": changed["init_args"] | {"root": str(root)}}
+
+
 def without_warmup(node: Any) -> Any:
     """A method's node whose turns begin at the second step, where a recipe lets them wait."""
     if not isinstance(node, dict):
@@ -136,12 +145,12 @@ def shrunk(config: dict[str, Any], roots: dict[str, Path], school: School, folde
     changes |= {f"stages.{name}.steps": STEPS for name in config.get("stages", {})} or {"steps": STEPS}
     for name, stage in config.get("stages", {}).items():
         changes[f"stages.{name}.method"] = without_warmup(stage["method"])
-    kind = config.get("data", {}).get("class_path", "").rpartition(".")[2]
-    if kind in roots:
+    data = with_roots(config.get("data", {}), roots)
+    if data != config.get("data", {}):
         learnt = config["student"]["init_args"]
         begins = learnt.get("pretrained") or learnt.get("weights")
         student = school.taught(config["student"]) if begins else small(config["student"])
-        changes |= {"data.root": str(roots[kind]), "run.batch_size": 20, "student": student}
+        changes |= {"data": data, "run.batch_size": 20, "student": student}
         changes["method"] = without_warmup(with_small_networks(config["method"]))
     if "teacher" in config:
         changes["teacher"] = school.taught(config["teacher"])

@@ -6,6 +6,7 @@ from visiondistill.data.glyphs import Glyphs
 from visiondistill.data.order import EpochOrder
 from visiondistill.data.own import EmbeddedDigits, OwnData, split_of
 from visiondistill.data.parquet import Parquet
+from visiondistill.data.pruned import Pruned
 from visiondistill.data.source import Account, Source, Split
 from visiondistill.data.stream import Stream, in_order
 from visiondistill.data.tensors import TensorData
@@ -21,6 +22,7 @@ __all__ = [
     "ImageFolder",
     "OwnData",
     "Parquet",
+    "Pruned",
     "Source",
     "Split",
     "Stream",

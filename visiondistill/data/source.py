@@ -176,6 +176,11 @@ class Source:
             return Stream(data, batch_size, workers, contents=contents)
         return Stream(data.as_stored(), batch_size, workers, self.train_view, contents=contents)
 
+    def split(self, name: str) -> Split:
+        """A split with its labels, as it is held. Raises SettingsError where there is none."""
+        self._split(name)
+        return self._splits[name]
+
     def describe(self) -> Account:
         """What is used, left out and there twice."""
         return Account(
