@@ -10,15 +10,23 @@ import pytest
 import yaml
 
 from visiondistill import recipes
+from visiondistill.compare import load as load_comparison
+from visiondistill.compare import names as comparisons
 from visiondistill.recipes import RecipeError
 
-RECIPES = sorted(str(p.relative_to(recipes.folder()).with_suffix("")) for p in recipes.folder().rglob("*.yaml"))
+RECIPES = recipes.names()
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_fits_the_signatures(name: str) -> None:
     recipes.check(yaml.safe_load(recipes.dump(recipes.load(name))))
     assert recipes.about(name) != name, "the comment on top says what the recipe is"
+
+
+@pytest.mark.parametrize("name", comparisons())
+def test_every_comparison_fits(name: str) -> None:
+    """Its arms are checked when it is loaded."""
+    assert load_comparison(name).reference
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("smoke/")])

@@ -317,6 +317,7 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
         with _seeded(run.seed, "teacher"):
             built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
     if built.source is not None:
+        built.student, built.teacher = (_sized(net, built.source) for net in (built.student, built.teacher))
         _require_classes(built, len(built.source.classes))
     shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
     for index, (name, where, node) in enumerate(_stages(config)):
@@ -454,6 +455,15 @@ def _fitted(node: Config, source: Source | None) -> Config:
     if source.input_size is not None and not own.get("pretrained", False):
         fitted["input_size"] = source.input_size
     return {name: value for name, value in fitted.items() if name in takes and name not in own}
+
+
+def _sized(network: nn.Module | None, source: Source) -> nn.Module | None:
+    """A bare classifier takes images as the data have them: then the shapes of its features are known."""
+    from visiondistill.models import Network
+    from visiondistill.parts import Part
+
+    bare = network is not None and not isinstance(network, Network | Part)
+    return Network(network, input_size=source.input_size) if bare and source.input_size is not None else network
 
 
 def _require_classes(built: Plan, classes: int) -> None:
