@@ -46,6 +46,7 @@ def test_train_runs_a_recipe_and_resumes_it(tmp_path: Path, capsys: pytest.Captu
         (["demo", "rings"], "'rings' (did you mean 'ring'?)" if RING else "rings"),
         (["benchmark", "step", "--pair", "3"], "--pair (did you mean 'pairs'?)"),
         (["benchmark"], "benchmark step"),
+        (["benchmark", "performance", "--sise", "3"], "--sise (did you mean 'size'?)"),
         (["benchmark", "stp"], "'stp' (did you mean 'step'?)"),
         (["finetune", "--recipe", "kd"], "--recipe"),
         (["train", "--recipe", "7"], "'7'"),
@@ -57,7 +58,7 @@ def test_wrong_input_exits_with_2_and_names_it(words: list[str], named: str, cap
     assert named in capsys.readouterr().err
 
 
-VERBS = ("demo", "train", "finetune", "evaluate", "export", "methods", "benchmark")
+VERBS = ("demo", "train", "finetune", "evaluate", "export", "compare", "methods", "benchmark")
 LIGHT = """
 import contextlib, io, sys
 from visiondistill.cli import main

@@ -23,6 +23,8 @@ from visiondistill.engine import Batch, Carry, Draw, Method, Optim, Run, Stage, 
 CLASSES, FEATURES = 10, 64
 WARM_UP = 3
 """Chunks that are not counted."""
+LONG = 100_000
+"""Steps of a run in which what compiling costs once counts little."""
 
 
 @dataclass(frozen=True)
@@ -181,3 +183,32 @@ def benchmark_step(pairs: int = 60, cases: Sequence[Case] = CASES) -> dict[str, 
         )
     Console().print(table)
     return medians
+
+
+def benchmark_performance(student: str, teacher: str, size: int, batch_size: int) -> list[str]:
+    """Try the switches of `performance: auto` on KD of two timm models, over the length of a long run.
+
+    Args:
+        student, teacher: timm names; weights and images are random.
+        size: height and width of the images.
+        batch_size: images a step.
+
+    Returns:
+        The lines that are printed, see `engine.trial.fastest`.
+    """
+    from visiondistill import Distiller
+    from visiondistill.engine.trial import fastest
+    from visiondistill.models import Timm
+    from visiondistill.terms import CE, KL
+
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8)
+    data = TensorData({"image": image, "label": torch.randint(CLASSES, (len(image),))})
+    networks = [Timm(name, num_classes=CLASSES, input_size=(3, size, size)) for name in (student, teacher)]
+    terms = {"ce": CE(), "kd": KL()}
+    method = Distiller(networks[1], student=networks[0], terms=terms, streams={"train": Stream(data, batch_size)})
+    run = Run("runs/benchmark", batch_size, progress=False)  # a trial writes nothing
+    _, lines = fastest(Stage(method, LONG, {"default": Optim()}), run, LONG)
+    print(f"{teacher} teaches {student}, {size} px, batch {batch_size}, {torch.get_num_threads()} threads")
+    print("\n".join(lines))
+    return lines

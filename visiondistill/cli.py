@@ -26,7 +26,7 @@ USAGE = """usage: visiondistill <verb> [options]
   export --run DIR [--onnx true]            export what a run made (again), from its checkpoint
   compare --file NAME|FILE [--seeds N]      recipes x seeds on one pair and budget, with intervals
   methods [NAME]                            the recipes that there are, or one of them whole
-  benchmark step                            the loop's cost against a hand-written one
+  benchmark step|performance                the loop's cost against a hand-written one; what switches gain
 
   visiondistill <verb> --help               what a verb takes
 """
@@ -285,17 +285,23 @@ def demo(words: list[str]) -> int:
 
 def benchmark(words: list[str]) -> int:
     """usage: visiondistill benchmark step [--pairs N]
+              visiondistill benchmark performance [--student NAME] [--teacher NAME] [--size N] [--batch_size N]
 
-    Times the engine's loop against a hand-written loop that does the same work, interleaved, and
-    prints the ratios.
+    step: times the engine's loop against a hand-written loop that does the same work, interleaved,
+    and prints the ratios. performance: tries the switches of `performance: auto` on a pair of timm
+    models with random weights and images, and prints what a step takes with each.
     """
     if asks_help(words, benchmark):
         return 0
-    _check_topic("benchmark", words, ("step",))
-    options = options_of(words[1:], benchmark, {"pairs": 60})
+    _check_topic("benchmark", words, ("step", "performance"))
+    own = {
+        "step": {"pairs": 60},
+        "performance": {"student": "resnet18", "teacher": "resnet50", "size": 96, "batch_size": 16},
+    }
+    options = options_of(words[1:], benchmark, own[words[0]])
     if options is None:
         return 0
-    from visiondistill.benchmark import benchmark_step
+    from visiondistill.benchmark import benchmark_performance, benchmark_step
 
-    benchmark_step(options["pairs"])
+    {"step": benchmark_step, "performance": benchmark_performance}[words[0]](**options)
     return 0

@@ -220,7 +220,7 @@ def _plot(history: list[dict[str, Any]], path: Path) -> None:
     looked = any(ACCURACY in line for line in history)
     figure = Figure(figsize=(12 if looked else 7, 4.2), layout="constrained")
     panels = figure.subplots(1, 1 + looked, squeeze=False)[0]
-    _curves(panels[0], history, terms, "weighted term")
+    _curves(panels[0], history, terms, "weighted term" if len(terms) > 1 else f"weighted term {''.join(terms)}")
     if looked:
         _curves(panels[1], history, [ACCURACY], "accuracy on validation images")
     figure.savefig(path, dpi=120)

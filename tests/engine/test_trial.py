@@ -100,3 +100,12 @@ def test_a_continued_run_keeps_what_was_picked(costs: dict, tmp_path: Path) -> N
     again, lines = fastest(first_stage("hint")[0], run, 20)
     assert picked(again) == (True, "no", False)
     assert lines == ["as picked when the run began"]
+
+
+def test_the_benchmark_tries_every_switch_on_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    from visiondistill.benchmark import benchmark_performance
+
+    monkeypatch.setattr(trial, "SWITCHES", {"channels_last": True, "mixed_precision": "bf16"})
+    lines = benchmark_performance("test_vit", "test_resnet", 32, 2)
+    assert [line.partition(":")[0] for line in lines] == ["as set", "+ channels_last=True", "+ mixed_precision=bf16"]
+    assert all("ms a step" in line for line in lines)
