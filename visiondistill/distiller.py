@@ -89,9 +89,11 @@ class Distiller(Method):
         streams = _read(streams, parts)
         labelled = getattr(streams[TRAIN], "labelled_fraction", 1.0)
         mixed = bool(getattr(augmentor, "soft_labels", False))
+        for name, part in parts.items():
+            _settle(name, part, network, streams)
         for name, term in active.items():
             _check_term(name, term.needs, heads, weighting, labelled, mixed)
-        readers = active if weighting.needs is None else {**active, "weighting": weighting}
+        readers = active | {name: part for name, part in parts.items() if part is not None and part.needs is not None}
         needs = {name: _resolved(name, reader.needs, network, source) for name, reader in readers.items()}
         for name, part in parts.items():
             if part is not None and name != "teacher":
@@ -111,6 +113,7 @@ class Distiller(Method):
             _united([streams, *(part.streams for part in parts.values())]),
         )
         self.parts = nn.ModuleDict(parts)
+        self.terms = tuple(active)
         self.needs, self.labelled_fraction, self.mixed = needs, labelled, mixed
         self.student_stages = _stages(need.student_stages for need in needs.values())
         self.student_embedding = any(need.student_embedding for need in needs.values())
@@ -154,10 +157,13 @@ class Distiller(Method):
         sides = self._sides(batch)
         values, carry = {}, {}
         for name, needs in self.needs.items():
-            if name != "weighting":
-                view = self._view(needs, *sides, batch)
+            view = self._view(needs, *sides, batch)
+            if name in self.terms:
                 values[name] = self._over_labelled(needs, self.parts[name](view), batch)
-                carry |= {f"{name}.{entry}": tensor for entry, tensor in view.carry.items()}
+                noted = view.carry
+            else:
+                noted = self.parts[name].observe(view)
+            carry |= {f"{name}.{entry}": tensor for entry, tensor in noted.items()}
         return values, self._view(self.needs.get("weighting", Needs()), *sides, batch), carry
 
     def _sides(self, batch: Batch) -> tuple[Answers, Answers]:
@@ -280,7 +286,7 @@ def _check_networks(student: Network, teacher: Teacher | None) -> None:
 def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, labelled: float, mixed: bool) -> None:
     if needs.head not in heads.names:
         raise SettingsError(f"term '{name}' reads the head '{needs.head}', but there are only {list(heads.names)}")
-    if weighting.per_sample and not needs.per_sample:
+    if weighting.by_row(name) and not needs.per_sample:
         raise SettingsError(
             f"{type(weighting).__name__} weights each image, but term '{name}' has one value for the whole batch"
         )
@@ -292,6 +298,14 @@ def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, lab
         )
     if needs.label and not needs.per_sample and labelled < 1:
         raise SettingsError(f"term '{name}' needs the label of every image, but only {labelled:.1%} of them have one")
+
+
+def _settle(name: str, part: Part | None, student: Network, streams: Mapping[str, Stream]) -> None:
+    try:
+        if part is not None:
+            part.settle(student, streams)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"'{name}': {error}") from error
 
 
 def _resolved(name: str, needs: Needs, student: Network, teacher: Teacher | None) -> Needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from visiondistill.distiller import StudentSide
     from visiondistill.models.network import Network
     from visiondistill.teachers.base import Teacher
+    from visiondistill.terms.base import Needs, View
 
 
 class Part(nn.Module):
@@ -29,9 +31,11 @@ class Part(nn.Module):
         frozen: networks to read only.
         streams: data of its own, under its own names.
         asks_teacher: it calls the teacher's networks itself, in a turn of its own.
+        needs: what it reads of both networks in the student's turn; None for nothing.
         reads: streams of the `Distiller`'s besides "train" that this part reads; others are not opened.
     """
 
+    needs: Needs | None = None
     reads: tuple[str, ...] = ()
     asks_teacher: bool = False
 
@@ -41,6 +45,12 @@ class Part(nn.Module):
         self.players: dict[str, nn.Module] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.streams: dict[str, Stream] = {}
+
+    def settle(self, student: Network, streams: Mapping[str, Stream]) -> None:
+        """Complete `needs` and buffers by what the student and the data are: stages by default, sizes of memories.
+
+        Comes before all checks; a TypeError or ValueError is reported under the part's name.
+        """
 
     def connect(self, student: Network, teacher: Teacher | None) -> None:
         """Build whatever depends on the networks' shapes, such as regressors; they become players.
@@ -61,6 +71,10 @@ class Part(nn.Module):
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         """`Method.prepare`, for what this part reads."""
         return batch
+
+    def observe(self, view: View) -> Carry:
+        """What `after` receives of the student's turn, where the part is no term and sets `needs`."""
+        return {}
 
     def after(self, turn: str, carry: Carry) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """`Method.after`, with the part's own carry and state names."""

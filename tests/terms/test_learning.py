@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from visiondistill import Distiller
+from visiondistill.augmentors import Affine, AffineRange, Hard, Mask
 from visiondistill.data import Digits, Stream
 from visiondistill.engine import Optim, Run, Stage, train
 from visiondistill.eval import evaluate
@@ -18,9 +19,11 @@ from visiondistill.models import Network, SmallConvNet
 from visiondistill.teachers import Online
 from visiondistill.terms import (
     CE,
+    CRD,
     DIST,
     DKD,
     KL,
+    OFA,
     PLD,
     RKD,
     TAID,
@@ -30,9 +33,10 @@ from visiondistill.terms import (
     Hint,
     NormDirection,
     Peer,
+    ReviewKD,
     Sinkhorn,
 )
-from visiondistill.weighting import Aligned, Fixed
+from visiondistill.weighting import Aligned, Fixed, Trilateral
 
 STEPS = 150
 Parts = dict[str, Any]
@@ -54,6 +58,10 @@ METHODS: dict[str, Callable[[], Parts]] = {
     "nd": lambda: {"terms": {"ce": CE(), "nd": NormDirection()}},
     "sinkhorn": lambda: {"terms": {"kd": KL(), "sinkhorn": Sinkhorn()}, "weighting": Fixed({"sinkhorn": 0.01})},
     "hint": lambda: {"terms": {"ce": CE(), "hint": Hint()}},
+    "fitnet": lambda: {"terms": {"ce": CE(), "hint": Hint(1, 1, "released")}},
+    "ofa": lambda: {"terms": {"ce": CE(), "ofa": OFA([2, 3, 4], gamma=1.3)}},
+    "review": lambda: {"terms": {"ce": CE(), "review": ReviewKD()}},
+    "crd": lambda: {"terms": {"ce": CE(), "crd": CRD(width=32, negatives=256)}, "weighting": Fixed({"crd": 0.2})},
     "dual_head": lambda: {
         "terms": {"ce": CE(), "bkl": BinaryKL(head="second")},
         "heads": DualHead(hidden=32),
@@ -63,6 +71,10 @@ METHODS: dict[str, Callable[[], Parts]] = {
         "terms": {"ce": CE(), "kd": KL(2.0, head="second")},
         "heads": DualHead(hidden=None, inference="both"),
     },
+    "trilateral": lambda: {"terms": {"ce": CE(), "kd": KL()}, "weighting": Trilateral(every=2)},
+    "hard_range": lambda: {"terms": {"kd": KL()}, "augmentor": Hard(AffineRange(turn=10, shear=5), warmup=4)},
+    "hard_affine": lambda: {"terms": {"kd": KL()}, "augmentor": Hard(Affine(10, 0.1, 1.1, 5, channels=1, width=4))},
+    "hard_mask": lambda: {"terms": {"ce": CE(), "kd": KL()}, "augmentor": Hard(Mask(channels=1, width=4, cells=4))},
     "mutual": lambda: {
         "teacher": Online(conv(16, 32, 64)),
         "terms": {"ce": CE(), "kd": KL(1.0), "their_ce": Peer(CE()), "their_kd": Peer(KL(1.0))},
@@ -83,7 +95,7 @@ def run(folder: Path, parts: Parts, seed: int = 0, steps: int = STEPS, **setting
 
 
 def digits() -> dict[str, Stream]:
-    return {"train": Stream(Digits("train"), 32)}
+    return {"train": Stream(Digits("train"), 32), "val": Stream(Digits("val"), 32)}
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ class Mix(Part):
             image, share = self._mixed(image, partner, draw)
         label = data["label"] if "label" in data else torch.full_like(partner, -1)
         mix = {"share": share, "partner": partner, "label": label, "partner_label": label[partner]}
-        target = _target(label, self.num_classes, share) + _target(label[partner], self.num_classes, 1 - share)
+        target = soft_target(label, self.num_classes, share) + soft_target(label[partner], self.num_classes, 1 - share)
         rest = {name: value for name, value in data.items() if name != "label"}
         return batch | {TRAIN: rest | {"image": image, "target": target, "mix": mix}}
 
@@ -138,7 +138,7 @@ def _log_gamma_variate(alpha: float, draw: Draw, tag: str) -> Tensor:
     return math.log(d) + log_cube.gather(1, first)[:, 0] + (1 - power[:, 0]).log() / alpha
 
 
-def _target(label: Tensor, num_classes: int, share: Tensor) -> Tensor:
+def soft_target(label: Tensor, num_classes: int, share: Tensor) -> Tensor:
     """`[B, K]`: the share at the label, nothing where there is none."""
     classes = torch.arange(num_classes, device=label.device)
     return (label[:, None] == classes).to(share.dtype) * share[:, None]

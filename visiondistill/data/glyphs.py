@@ -16,7 +16,7 @@ MARGIN = (CANVAS - SIDE) // 2
 """Pixels between a centred sign and the edge: the greatest shift that leaves the sign whole."""
 SHAPES = (
     "###/#.#/###",
-    ".#./##./.#.",
+    "#../##./.#.",
     "##./..#/##.",
     "#.#/###/..#",
     "###/#../.##",
@@ -32,11 +32,11 @@ MISSING, DARKEST, NOISE = 0.05, 0.5, 0.15
 
 
 class Glyphs(Source):
-    """20x20 grey images of ten signs, centred; those to test on are shifted at random where that is asked.
+    """20x20 grey images of ten signs, centred to half a pixel; those to test on are shifted where that is asked.
 
     Signs differ in brightness from image to image, a share of their cells is missing, and there is
-    noise. The images are a pure function of the arguments; training, validation and test images are
-    drawn apart.
+    smooth noise. The images are a pure function of the arguments; training, validation and test
+    images are drawn apart.
 
     Args:
         train, val, test: numbers of images, the same for every class up to one.
@@ -70,12 +70,32 @@ def glyphs(count: int, shift: int = 0, seed: int = 0) -> TensorData:
     sign = torch.nn.functional.interpolate((cells * there)[:, None], (SIDE, SIDE), mode="bilinear", align_corners=True)
     bright = DARKEST + (1 - DARKEST) * torch.rand(count, 1, 1, 1, generator=generator)
     by = torch.randint(-shift, shift + 1, (count, 2), generator=generator)
-    image = NOISE * torch.randn(count, 1, CANVAS, CANVAS, generator=generator)
-    inside = torch.arange(SIDE) + MARGIN
+    sign = _nudged(bright * sign, generator)
+    # One pixel more on each side for what a nudge takes there.
+    image = torch.zeros(count, CANVAS + 2, CANVAS + 2)
+    inside = torch.arange(SIDE + 2) + MARGIN
     each = torch.arange(count)[:, None, None]
     rows, columns = inside + by[:, :1], inside + by[:, 1:]
-    image[each, 0, rows[:, :, None], columns[:, None, :]] += (bright * sign)[:, 0]
+    image[each, rows[:, :, None], columns[:, None, :]] = sign[:, 0]
+    image = image[:, None, 1:-1, 1:-1] + _noise(count, generator)
     return TensorData({"image": image.clamp(0, 1), "label": label})
+
+
+def _nudged(sign: Tensor, generator: torch.Generator) -> Tensor:
+    """Within half a pixel, with a margin of one pixel: no image is sharper than a moved one for lying on the grid."""
+    padded = torch.nn.functional.pad(sign, (1, 1, 1, 1))
+    maps = torch.eye(2, 3).repeat(len(sign), 1, 1)
+    maps[:, :, 2] = (2 * torch.rand(len(sign), 2, generator=generator) - 1) / padded.shape[-1]
+    grid = torch.nn.functional.affine_grid(maps, list(padded.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(padded, grid, align_corners=False)
+
+
+def _noise(count: int, generator: torch.Generator) -> Tensor:
+    """Smooth, as photographs are: moving an image by half a pixel would wipe out white noise."""
+    white = torch.randn(count, 1, CANVAS + 4, CANVAS + 4, generator=generator)
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0])
+    kernel = kernel[:, None] * kernel
+    return NOISE * torch.nn.functional.conv2d(white, (kernel / kernel.norm())[None, None])
 
 
 def _templates() -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 
 class SmallConvNet(nn.Module):
-    """3x3 convolutions, one per stage, each but the first at half the resolution; then the mean and a linear layer.
+    """3x3 convolutions, one per stage; then pooling and a linear layer.
 
     Args:
         widths: channels of each stage.
         norm: "group" normalises each image on its own (one group), "batch" over the batch, "none" not at all.
         in_channels, num_classes: of the images and the task.
+        stride: of every stage but the first: at 2 each has half the resolution of the one before.
+        pool: "mean" or "max" over positions; the latter says what is there, wherever it is.
     """
 
     def __init__(
@@ -24,11 +26,15 @@ class SmallConvNet(nn.Module):
         norm: Literal["group", "batch", "none"] = "group",
         in_channels: int = 1,
         num_classes: int = 10,
+        stride: int = 2,
+        pool: Literal["mean", "max"] = "mean",
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        if pool not in ("mean", "max"):
+            raise ValueError(f"pool must be 'mean' or 'max', got {pool!r}")
+        self.num_classes, self.pool = num_classes, pool
         self.stages = nn.ModuleList(
-            _stage(before, after, 1 if number == 0 else 2, norm)
+            _stage(before, after, 1 if number == 0 else stride, norm)
             for number, (before, after) in enumerate(pairwise((in_channels, *widths)))
         )
         self.head = nn.Linear(widths[-1], num_classes)
@@ -48,8 +54,8 @@ class SmallConvNet(nn.Module):
         return x, features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of the last stage's output; with `pre_logits` its mean over positions, which the classifier reads."""
-        pooled = x.mean((-2, -1))
+        """Logits of the last stage's output; with `pre_logits` that output pooled, which the classifier reads."""
+        pooled = x.mean((-2, -1)) if self.pool == "mean" else x.amax((-2, -1))
         return pooled if pre_logits else self.head(pooled)
 
     def get_classifier(self) -> nn.Module:

@@ -15,7 +15,7 @@ class Weighting(Part):
     """From the terms' values to the turn's weighted scalars.
 
     Attributes:
-        per_sample: it weights rows one by one and refuses terms that have a value per batch only.
+        per_sample: it weights the rows of every term one by one; see `by_row`.
         needs: what it reads besides the values; None for the batch alone.
         combine: how the gradients of groups of terms become one; see `Turn`. None for their sum.
     """
@@ -31,6 +31,10 @@ class Weighting(Part):
             SettingsError: a weight is given for a term that is not there.
         """
         return list(terms)
+
+    def by_row(self, term: str) -> bool:
+        """Whether it weights the term's rows one by one: one with a value per batch only is then refused."""
+        return self.per_sample
 
     def forward(self, values: dict[str, Tensor], view: View) -> Terms:
         """`{term: [B] or scalar}` to `{term or "group/term": weighted scalar}`; means over rows."""

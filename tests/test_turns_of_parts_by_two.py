@@ -1,0 +1,117 @@
+"""Parts with turns of their own train under two processes as under one; one pair of processes plays them all."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from distilling import apart, images, net, play, weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import visiondistill
+from visiondistill import Distiller
+from visiondistill.augmentors import AffineRange, Hard, Mask
+from visiondistill.data import Stream
+from visiondistill.engine import mean_across
+from visiondistill.heads import DualHead
+from visiondistill.terms import CE, KL, RKD, TAID
+from visiondistill.weighting import Trilateral
+from visiondistill.weighting import trilateral as trilateral_module
+
+
+def built(terms: dict, **parts) -> Distiller:
+    torch.manual_seed(0)
+    streams = {"train": Stream(images(), 4), "val": Stream(images(), 8)}
+    return Distiller(net(6, 9, seed=5), student=net(4, 5), terms=terms, streams=streams, **parts).double()
+
+
+def trilateral() -> Distiller:
+    """With what else needs the whole batch: a relation between rows, and a schedule that follows the loss."""
+    terms = {"ce": CE(), "kd": TAID(steps=4), "rkd": RKD()}
+    return built(terms, weighting=Trilateral(weights={"rkd": 0.1}, every=2))
+
+
+def hard() -> Distiller:
+    """With thresholds between which the losses go back and forth."""
+    return built({"kd": KL(2.0)}, augmentor=Hard(AffineRange(), stability=0.1, diversity=0.1, upper=1.05, lower=0.95))
+
+
+def both() -> Distiller:
+    terms = {"ce": CE(), "kd": KL(2.0, head="second")}
+    return built(terms, heads=DualHead(hidden=None), weighting=Trilateral(), augmentor=Hard(Mask(channels=1)))
+
+
+METHODS: dict[str, Callable[[], Distiller]] = {"trilateral": trilateral, "hard": hard, "both": both}
+LOCAL = "-local"
+"""After a method's name: without the mean of inner gradients over processes."""
+JOBS = [*METHODS, f"trilateral{LOCAL}"]
+
+
+def played(name: str, folder: Path) -> dict[str, Tensor]:
+    method = METHODS[name.removesuffix(LOCAL)]()
+    mean = (lambda x: x) if name.endswith(LOCAL) else mean_across
+    with mock.patch.object(trilateral_module, "mean_across", mean):
+        play(method, folder / name, noise_block=2)
+    return {name: tensor.contiguous() for name, tensor in weights(method).items()}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("two")
+    paths = [str(Path(visiondistill.__file__).parents[1]), str(Path(__file__).parent)]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    running = []
+    for rank in range(2):
+        ranked = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"rank{rank}.log").open("w") as log:
+            command = [sys.executable, __file__, str(folder)]
+            running.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + 300
+    try:
+        while any(each.poll() is None for each in running) and time.monotonic() < deadline:
+            if any(each.poll() for each in running):
+                break
+            time.sleep(0.05)
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert not any(each.returncode for each in running), logs
+    return {name: [load_file(folder / f"{name}{rank}.safetensors") for rank in range(2)] for name in JOBS}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_as_one_does(name: str, by_two: dict, tmp_path: Path) -> None:
+    first, second = by_two[name]
+    assert apart(first, second) == 0
+    assert apart(first, played(name, tmp_path)) < 1e-10
+
+
+def test_equality_would_miss_no_forgotten_mean_of_inner_gradients(by_two: dict) -> None:
+    assert apart(by_two["trilateral"][0], by_two[f"trilateral{LOCAL}"][0]) > 1e-4
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    for each in JOBS:
+        save_file(played(each, out), out / f"{each}{os.environ['RANK']}.safetensors")
+    sys.stdout.flush()
+    os._exit(0)  # taking the process group apart can last ten seconds

@@ -1,0 +1,136 @@
+"""What learned augmentations transfer: shifted signs, of which the student has only seen centred ones.
+
+    python -m visiondistill.mechanisms.hard --seeds 3 --output runs/hard
+
+One teacher (seed 0), the recipes `measured/hard_*` as arms, paired seeds. For each run: accuracy on
+centred and on shifted images, and which shifts the edits made, as coverage of the 13 x 13 places to
+which test images are shifted: now, at the end, and over the whole run. Finished runs are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visiondistill import recipes
+from visiondistill.augmentors import Hard, draw_edits
+from visiondistill.data.glyphs import CANVAS, MARGIN, glyphs
+from visiondistill.engine import Result, train
+from visiondistill.engine.rng import Draw, key
+from visiondistill.eval import evaluate
+
+ARMS = ("none", "shift", "affine", "range", "switch")
+SIDE = 2 * MARGIN + 1
+ENOUGH = 0.1
+"""A place is covered that gets this share of what uniform shifts would give it."""
+
+
+def main() -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--output", type=Path, default=Path("runs/hard"))
+    given = parser.parse_args()
+    teacher = taught(given.output)
+    print(f"teacher: {_accuracies(teacher)}", flush=True)
+    for seed in range(given.seeds):
+        for arm in given.arms:
+            print(f"{arm}, seed {seed}: {measured(arm, seed, teacher, given.output)}", flush=True)
+    print(table(given.output, given.arms, given.seeds))
+
+
+def taught(folder: Path) -> nn.Module:
+    """The teacher that the recipes' first stage trains, from its file if it is there."""
+    plan = _stage("none", "teacher", {"output_dir": str(folder / "teacher"), "seed": 0}, {})
+    file = folder / "teacher.pt"
+    if not file.is_file():
+        train(plan.stages, plan.run)
+        torch.save(plan.stages[0].method.product().state_dict(), file)
+    network = plan.stages[0].method.product()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    return network.eval()
+
+
+def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str, float]:
+    """One run: its accuracies and its coverage, kept in `result.json`."""
+    place = folder / f"{arm}_{seed}"
+    file = place / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    plan = _stage(arm, "student", {"output_dir": str(place), "seed": seed}, {"teacher": teacher})
+    method = plan.stages[0].method
+    edit = method.parts["augmentor"].edit if isinstance(getattr(method.parts, "augmentor", None), Hard) else None
+    looks: list[Tensor] = []
+
+    def watch(product: nn.Module) -> Mapping[str, float]:
+        if edit is not None:
+            looks.append(places(edit, len(looks)))
+        return {}
+
+    result: Result = train(plan.stages, plan.run, watch=watch)
+    found = _accuracies(result.product.eval())
+    if edit is not None:
+        found |= {"covered_at_end": covered(looks[-1]), "covered_in_all": covered(torch.stack(looks).sum(0))}
+        draw_edits(edit, glyphs(10, seed=key("picture")).columns["image"], place / "edits.png")
+    file.write_text(json.dumps(found))
+    return found
+
+
+def places(edit: nn.Module, look: int, count: int = 2000) -> Tensor:
+    """How many of `count` images the edit moves to each place, `[13, 13]`, down and right."""
+    image = glyphs(count, seed=key("places")).columns["image"]
+    noise = edit.noise(image, Draw(0, look, {"": (0, count)}, count, image.device), "places")
+    with torch.no_grad():
+        shift = edit.numbers(image, noise, image)[:, 1:3] * edit.moves.bounds[1:3] * CANVAS
+    cells = shift.round().long().clamp(-MARGIN, MARGIN) + MARGIN
+    return (cells[:, 1] * SIDE + cells[:, 0]).bincount(minlength=SIDE**2).view(SIDE, SIDE)
+
+
+def covered(counts: Tensor) -> float:
+    """Share of the places that get `ENOUGH`."""
+    return (counts >= ENOUGH * counts.sum() / counts.numel()).double().mean().item()
+
+
+def table(folder: Path, arms: list[str], seeds: int) -> str:
+    """Mean and standard deviation over seeds, in percent, as Markdown."""
+    names = ("centred", "shifted", "covered_at_end", "covered_in_all")
+    lines = ["| arm | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm in arms:
+        runs = [json.loads((folder / f"{arm}_{seed}" / "result.json").read_text()) for seed in range(seeds)]
+        cells = [_spread([100 * run[name] for run in runs if name in run]) for name in names]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+
+def _stage(arm: str, stage: str, run: dict[str, Any], given: dict[str, Any]) -> recipes.Plan:
+    """One stage of an arm's recipe, on its own."""
+    config = recipes.load(f"measured/hard_{arm}")
+    config |= config.pop("stages")[stage]
+    config["run"] |= run | {"progress": False, "device": "cpu"}
+    return recipes.plan(config, given)
+
+
+def _accuracies(network: nn.Module) -> dict[str, float]:
+    shifts = {"centred": 0, "shifted": MARGIN}
+    return {
+        name: evaluate(network, glyphs(2000, shift, key("glyphs", "test", 0))).accuracy
+        for name, shift in shifts.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
