@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from visiondistill.data.source import TRAIN, Source
+from visiondistill.data.stream import in_order
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.rng import key
 
@@ -90,9 +91,12 @@ def el2n(network: nn.Module, data: Any, label: Tensor) -> Tensor:
         data: as of `Stream`.
         label: int64 `[N]`, -1 for none.
     """
-    from visiondistill.eval.classify import collect
+    from visiondistill.models.network import as_network, evaluating
 
-    logits = collect(network, data, SCORED_AT_ONCE).logits
+    device = next(iter(network.parameters()), torch.empty(0)).device
+    with evaluating(network):
+        answers = [as_network(network)(batch["image"].to(device)).logits for batch in in_order(data, SCORED_AT_ONCE)]
+    logits = torch.cat(answers).cpu().float()
     target = one_hot(label.clamp(min=0), logits.shape[1])
     distance = (logits.softmax(1) - target).norm(dim=1)
     return torch.where(label >= 0, distance, 2.0)
