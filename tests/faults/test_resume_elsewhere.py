@@ -168,4 +168,7 @@ def test_the_same_seed_twice_and_another(nursery: Nursery, whole: dict, tmp_path
     assert [nursery.run(job)[0] for job in (again, other)] == [0, 0]
     assert left_behind(tmp_path / "again") == {name: whole[name] for name in ("files", "numbers", "curve")}
     found = left_behind(tmp_path / "other")
-    assert all(found["files"][name] != whole["files"][name] for name in whole["files"])
+    # How many updates there were depends on no seed.
+    drawn = set(whole["files"]) - {"counters.safetensors"}
+    assert len(drawn) >= 3
+    assert all(found["files"][name] != whole["files"][name] for name in drawn)

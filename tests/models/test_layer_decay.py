@@ -70,7 +70,7 @@ def test_layers_keep_their_ratio_at_every_step(kind: str, schedule: str, warmup:
     assert {layer(name) for name in found} == set(range(6))
     shape = {
         "constant": lambda t: 1.0,
-        "cosine": lambda t: (1 + math.cos(math.pi * t / 10)) / 2,
+        "cosine": lambda t: (1 + math.cos(math.pi * (t - warmup) / (10 - warmup))) / 2,
         "linear": lambda t: 1 - t / 10,
     }[schedule]
     expected = [LR * (t / warmup if t < warmup else shape(t)) for t in range(10)]
