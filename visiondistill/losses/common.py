@@ -25,6 +25,16 @@ def paired_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tenso
     return lift(student_logits), lift(teacher_logits)
 
 
+def paired_features(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps, lifted. Raises ValueError unless they have one shape: broadcasting would hide a mix-up."""
+    if student_feature.shape != teacher_feature.shape:
+        raise ValueError(
+            "student and teacher features must have the same shape, "
+            f"got {tuple(student_feature.shape)} and {tuple(teacher_feature.shape)}"
+        )
+    return lift(student_feature), lift(teacher_feature)
+
+
 def positive_temperature(temperature: float) -> float:
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from visiondistill.losses.common import Reduction, lift, reduce
+from visiondistill.losses.common import Reduction, paired_features, reduce
 
 
 def hint_loss(student_feature: Tensor, teacher_feature: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -21,9 +21,5 @@ def hint_loss(student_feature: Tensor, teacher_feature: Tensor, reduction: Reduc
     Raises:
         ValueError: shapes differ or unknown reduction.
     """
-    if student_feature.shape != teacher_feature.shape:
-        raise ValueError(
-            "student and teacher features must have the same shape, "
-            f"got {tuple(student_feature.shape)} and {tuple(teacher_feature.shape)}"
-        )
-    return reduce((lift(student_feature) - lift(teacher_feature)).square().flatten(1).mean(1), reduction)
+    student, teacher = paired_features(student_feature, teacher_feature)
+    return reduce((student - teacher).square().flatten(1).mean(1), reduction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from visiondistill.losses.common import Reduction, lift, reduce
+from visiondistill.losses.common import Reduction, paired_features, reduce
 
 POOLED = (4, 2, 1)
 
@@ -29,12 +29,8 @@ def hierarchical_context_loss(
     Raises:
         ValueError: shapes differ or unknown reduction.
     """
-    if student_feature.shape != teacher_feature.shape:
-        raise ValueError(
-            "student and teacher features must have the same shape, "
-            f"got {tuple(student_feature.shape)} and {tuple(teacher_feature.shape)}"
-        )
-    difference = lift(student_feature) - lift(teacher_feature)
+    student, teacher = paired_features(student_feature, teacher_feature)
+    difference = student - teacher
     value, total, weight = _mean_square(difference), 1.0, 1.0
     for size in (size for size in POOLED if size < min(difference.shape[-2:])):
         weight /= 2
