@@ -116,6 +116,15 @@ def test_a_kill_in_every_phase_of_a_stage_s_last_save(nursery: Nursery, whole: d
         finish(nursery, job, whole)
 
 
+def test_a_kill_between_the_last_save_and_its_clean_up(nursery: Nursery, whole: dict, tmp_path: Path) -> None:
+    """Nothing is left to train or to save, and still nothing superfluous stays."""
+    job = Job(str(tmp_path / "run"))
+    last = [event for event in phases(whole["job"]) if event[0] == "save.end"][-1]
+    assert nursery.run(replace(job, acts=(Act(*last, "SIGKILL"),)))[0] == KILLED
+    assert len(checkpoints(Path(job.folder))) == 3
+    finish(nursery, job, whole)
+
+
 def test_a_kill_between_the_two_folders_of_a_stage_s_last_save(nursery: Nursery, whole: dict, tmp_path: Path) -> None:
     """Then in the second stage, from which the first one's end is needed."""
     job = Job(str(tmp_path / "run"))

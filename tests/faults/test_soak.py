@@ -23,8 +23,13 @@ def holds_still(nursery: Nursery, folder: Path, steps: int, workers: int = 0) ->
     first, last = samples[0], samples[-1]
     print(f"{steps} steps, {workers} workers: {first} -> {last}")
     assert last["resident"] <= first["resident"] * (1 + GROWTH), samples
-    for kind in ("files", "threads"):
-        assert {sample[kind] for sample in samples} == {first[kind]}, samples
+    assert {sample["threads"] for sample in samples} == {first["threads"]}, samples
+    files = [sample["files"] for sample in samples]
+    if workers:
+        # Batches on their way from a worker hold files too: none stays, so that the least does not rise.
+        assert min(files[5:]) <= min(files[:5]), samples
+    else:
+        assert set(files) == {first["files"]}, samples
 
 
 def test_two_thousand_steps(nursery: Nursery, tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ class Store:
                 # A run that continues in another folder must find its finished stages there the next time.
                 if not (self.checkpoints / name).exists():
                     state.save(self.checkpoints / name, checkpoint.tensors, checkpoint.meta)
+            if self.run.resume == "auto":
+                # A kill after the last save, before the clean-up that belongs to it: no further save would follow.
+                state.retain(self.checkpoints, self.run.keep, self.run.keep_every)
         except OSError as error:
             raise SettingsError(
                 f"run.output_dir: {self.folder} cannot be written to ({error.strerror or error}): "
