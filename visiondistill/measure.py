@@ -173,7 +173,7 @@ def _subject(
         weights=facts.get("weights", {}).get("which", "pretrained"),
         classes=tuple(facts.get("classes", ())),
         teacher=_teacher(config),
-        source=_source(config) if needs_data else None,
+        source=recipes.source_of(config) if needs_data else None,
         folder=Path(output_dir or folder),
     )
 
@@ -202,13 +202,6 @@ def _opened(folder: Path, cure: str = "") -> tuple[Network, dict[str, Any]]:
         return open_export(folder)
     except ValueError as error:
         raise SettingsError(f"{error}{cure}") from error
-
-
-def _source(config: recipes.Config) -> Source:
-    if "data" not in config:
-        raise RecipeError("data: none are named; give --data.root DIR (and --data.class_path, if no image folder)")
-    schema.check(config["data"], Any, "data")
-    return schema.build(config["data"], Any, "data")
 
 
 def _check_classes(subject: Subject) -> None:

@@ -338,7 +338,7 @@ def source_of(config: Config) -> Source:
         RecipeError: it names none, or they do not fit.
     """
     if "data" not in config:
-        raise RecipeError("data: missing")
+        raise RecipeError("data: none are named; give --data.root DIR (and --data.class_path, if no image folder)")
     schema.check(config["data"], Any, "data")
     return schema.build(config["data"], Any, "data")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from visiondistill.data.stream import in_order
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Stream
 from visiondistill.losses.nd import nd_loss
 from visiondistill.models.network import Network
 from visiondistill.teachers.base import Teacher
+from visiondistill.teachers.means import class_means
 from visiondistill.terms.base import Needs, Term, View
-
-SETUP_BATCH = 256
 
 
 class NormDirection(Term):
@@ -46,17 +44,10 @@ class NormDirection(Term):
         self.register_buffer("class_means", torch.zeros(teacher.num_classes, theirs))
         self._teacher = (teacher,)
 
-    @torch.no_grad()
     def setup(self, streams: dict[str, Stream]) -> None:
         (teacher,) = self._teacher
-        sums, counts = torch.zeros_like(self.class_means), self.class_means.new_zeros(len(self.class_means))
-        for batch in in_order(streams["train"].data, SETUP_BATCH):
-            batch = {name: column.to(sums.device) for name, column in batch.items()}
-            labelled = batch["label"] >= 0
-            label = batch["label"][labelled]
-            sums.index_add_(0, label, teacher.targets(batch)["embedding"][labelled].to(sums.dtype))
-            counts.index_add_(0, label, torch.ones_like(label, dtype=counts.dtype))
-        self.class_means.copy_(sums / counts.clamp(min=1)[:, None])
+        means = class_means(teacher, streams["train"].data, lambda targets: targets["embedding"], self.class_means)
+        self.class_means.copy_(means)
 
     def forward(self, view: View) -> Tensor:
         adapter = self.players.get("adapter")

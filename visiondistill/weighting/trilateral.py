@@ -17,20 +17,19 @@ from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
 
-from visiondistill.data.stream import in_order
 from visiondistill.engine.across import mean_across
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Batch, Carry, Stream, Terms, Turn
 from visiondistill.losses.common import lift
 from visiondistill.models.network import Network
 from visiondistill.teachers.base import Teacher
+from visiondistill.teachers.means import class_means
 from visiondistill.terms.base import Needs, View
 from visiondistill.weighting.fixed import Fixed, Ramp
 
 EDGES = ("st", "sg", "tg")
 """Student to teacher, student to ground truth, teacher to ground truth."""
 STUDENT = "players.student."
-SETUP_BATCH = 256
 
 
 class Trilateral(Fixed):
@@ -115,19 +114,11 @@ class Trilateral(Fixed):
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("fusion", self.fusion_loss, moves=("net",), every=self.every, accumulate=False),)
 
-    @torch.no_grad()
     def setup(self, streams: dict[str, Stream]) -> None:
         (teacher,) = self._teacher
-        sums, counts = torch.zeros_like(self.class_means), self.class_means.new_zeros(len(self.class_means))
-        for batch in in_order(streams["train"].data, SETUP_BATCH):
-            batch = {name: column.to(sums.device) for name, column in batch.items()}
-            labelled = batch["label"] >= 0
-            label = batch["label"][labelled]
-            answers = lift(teacher.targets(batch)["logits"][labelled]).softmax(1)
-            sums.index_add_(0, label, answers.to(sums.dtype))
-            counts.index_add_(0, label, torch.ones_like(label, dtype=counts.dtype))
-        there = counts[:, None] > 0
-        self.class_means.copy_(torch.where(there, sums / counts.clamp(min=1)[:, None], self.class_means))
+        data = streams["train"].data
+        means = class_means(teacher, data, lambda targets: lift(targets["logits"]).softmax(1), self.class_means)
+        self.class_means.copy_(means)
 
     def forward(self, values: dict[str, Tensor], view: View) -> Terms:
         return self._weighted(values, view, self.shares(view).detach())
