@@ -93,6 +93,7 @@ class Distiller(Method):
             _settle(name, part, network, streams)
         for name, term in active.items():
             _check_term(name, term.needs, heads, weighting, labelled, mixed)
+        _check_heads(heads, active)
         readers = active | {name: part for name, part in parts.items() if part is not None and part.needs is not None}
         needs = {name: _resolved(name, reader.needs, network, source) for name, reader in readers.items()}
         for name, part in parts.items():
@@ -103,6 +104,7 @@ class Distiller(Method):
             warnings.warn("a teacher is given, but no term with a weight reads it: it is left out", stacklevel=2)
             parts["teacher"] = None
         elif source is not None:
+            _check_views(augmentor, source)
             source.stages = _stages(need.teacher_stages for need in needs.values())
             source.embedding = any(need.teacher_embedding for need in needs.values())
         parts = {name: part for name, part in parts.items() if part is not None}
@@ -298,6 +300,27 @@ def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, lab
         )
     if needs.label and not needs.per_sample and labelled < 1:
         raise SettingsError(f"term '{name}' needs the label of every image, but only {labelled:.1%} of them have one")
+
+
+def _check_views(augmentor: Part | None, source: Teacher) -> None:
+    if augmentor is None or source.replays is None:
+        return
+    who, whom = type(augmentor).__name__, type(source).__name__
+    unknown = ["views of which it says nothing"] if augmentor.views is None else augmentor.views - source.replays
+    if unknown:
+        raise SettingsError(
+            f"'augmentor': {who} makes {', '.join(sorted(unknown))}, and {whom} has answers to no changed images but "
+            f"{', '.join(sorted(source.replays)) or 'none'}: leave that out, or take the network itself as teacher"
+        )
+
+
+def _check_heads(heads: Heads, active: Mapping[str, Term]) -> None:
+    untaught = sorted(set(heads.names) - {term.needs.head for term in active.values()})
+    if untaught:
+        raise SettingsError(
+            f"{type(heads).__name__} has the heads {untaught}, which no term with a weight reads: give a term "
+            f"head: {untaught[0]}, or choose other heads"
+        )
 
 
 def _settle(name: str, part: Part | None, student: Network, streams: Mapping[str, Stream]) -> None:

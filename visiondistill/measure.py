@@ -1,4 +1,4 @@
-"""`evaluate`: a run, an export or a timm model, measured again."""
+"""`evaluate` and `store`: a run, an export or a timm model, asked again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visiondistill import recipes, schema
 from visiondistill.engine.errors import SettingsError
 from visiondistill.schema import RecipeError
+from visiondistill.teachers.base import answers_images
 
 if TYPE_CHECKING:
     from visiondistill.data import Source
@@ -55,7 +56,7 @@ def report_on(
         network,
         source.test(),
         val=source.val() if "val" in source.splits else None,
-        teacher=teacher,
+        teacher=teacher if answers_images(teacher) else None,
         classes=source.classes,
         data_info={"split": "test"} | source.describe().as_dict(),
         weights=weights,
@@ -116,8 +117,8 @@ def cost(
     if onnx:
         require_onnx()
     subject = _subject(run, model, output_dir, changes or {}, judged=False, needs_data=onnx)
-    named: dict[str, nn.Module] = {"model" if subject.teacher is None else "student": subject.network}
-    if subject.teacher is not None:
+    named: dict[str, nn.Module] = {"student" if answers_images(subject.teacher) else "model": subject.network}
+    if answers_images(subject.teacher):
         named["teacher"] = subject.teacher
     if onnx:
         from visiondistill.export import onnx_variants
@@ -126,6 +127,26 @@ def cost(
     costs = measure_costs(named, batch_size, seconds, input_size=subject.network.input_size)
     costs.write(subject.folder)
     return costs
+
+
+def store(file: str, run: str | None = None, model: str | None = None, changes: recipes.Config | None = None) -> int:
+    """Write the subject's logits on its training images for `teachers.Stored`.
+
+    Args:
+        file: where to.
+        run, model, changes: as of `accuracy`.
+
+    Returns:
+        how many images it was asked about.
+
+    Raises:
+        As of `accuracy`; also logits that are not finite.
+    """
+    from visiondistill.teachers import store_targets
+
+    subject = _subject(run, model, None, changes or {}, judged=True, needs_data=True)
+    _check_classes(subject)
+    return store_targets(subject.network, subject.source, file, teacher=str(run or model))
 
 
 def run_config(run: str | Path) -> recipes.Config:
@@ -138,6 +159,26 @@ def run_config(run: str | Path) -> recipes.Config:
     if not path.is_file():
         raise RecipeError(f"{run} is not a run folder: it has no config.yaml")
     return recipes.load(path)
+
+
+def network_of(model: str, judged: bool = True) -> tuple[Network, dict[str, Any]]:
+    """A network by timm name or folder, and what export.json says of it.
+
+    Args:
+        judged: its answers count, so that a name needs its published weights.
+
+    Raises:
+        RecipeError, SettingsError: no such model, or an export that is damaged.
+    """
+    from visiondistill.export.bundle import FACTS
+
+    folder = Path(model)
+    if (folder / FACTS).is_file():
+        return _opened(folder)
+    name = f"local-dir:{model}" if folder.is_dir() else model
+    arguments = {"name": name} | ({"pretrained": True} if judged else {})
+    node = {"class_path": "visiondistill.models.Timm", "init_args": arguments}
+    return schema.build(node, nn.Module, "model").eval(), {}
 
 
 def require_onnx() -> None:
@@ -163,7 +204,7 @@ def _subject(
         config = {}
         if misplaced := [name for name in changes if not name.startswith("data.")]:
             raise RecipeError(f"--{misplaced[0]}: with --model only --data.* can be given")
-        network, facts = _named(model, judged)
+        network, facts = network_of(model, judged)
         folder = Path("evaluation")
     if "data" not in config and any(name.startswith("data.") for name in changes):
         config["data"] = recipes.load(DATA)["data"]
@@ -176,23 +217,6 @@ def _subject(
         source=recipes.source_of(config) if needs_data else None,
         folder=Path(output_dir or folder),
     )
-
-
-def _named(model: str, judged: bool) -> tuple[Network, dict[str, Any]]:
-    """A network by timm name or folder, and what export.json says of it.
-
-    Args:
-        judged: its answers count, so that a name needs its published weights.
-    """
-    from visiondistill.export.bundle import FACTS
-
-    folder = Path(model)
-    if (folder / FACTS).is_file():
-        return _opened(folder)
-    name = f"local-dir:{model}" if folder.is_dir() else model
-    arguments = {"name": name} | ({"pretrained": True} if judged else {})
-    node = {"class_path": "visiondistill.models.Timm", "init_args": arguments}
-    return schema.build(node, nn.Module, "model").eval(), {}
 
 
 def _opened(folder: Path, cure: str = "") -> tuple[Network, dict[str, Any]]:

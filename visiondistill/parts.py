@@ -33,11 +33,13 @@ class Part(nn.Module):
         asks_teacher: it calls the teacher's networks itself, in a turn of its own.
         needs: what it reads of both networks in the student's turn; None for nothing.
         reads: streams of the `Distiller`'s besides "train" that this part reads; others are not opened.
+        views: of an augmentor: what it does to images, in words of its own, such as "flip"; None for not said.
     """
 
     needs: Needs | None = None
     reads: tuple[str, ...] = ()
     asks_teacher: bool = False
+    views: frozenset[str] | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -74,6 +74,9 @@ class Augment(Part):
         self.flip, self.shift, self.padding, self.zoom, self.turn = flip, shift, padding, zoom, turn
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.erase = erase
+        strengths = {"flip": flip, "shift": shift, "zoom": zoom < 1, "turn": turn, "brightness": brightness}
+        strengths |= {"contrast": contrast, "saturation": saturation, "hue": hue, "erase": erase}
+        self.views = frozenset(name for name, strength in strengths.items() if strength)
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         data, draw = batch[TRAIN], draw.of(TRAIN)

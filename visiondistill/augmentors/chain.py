@@ -32,6 +32,8 @@ class Chain(Part):
                     f"{type(part).__name__} has networks, streams or turns of its own: let it stand alone"
                 )
         self.chain = tuple(parts)
+        views = [part.views for part in parts]
+        self.views = None if None in views else frozenset().union(*views)
         self.soft_labels = any(getattr(part, "soft_labels", False) for part in parts)
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:

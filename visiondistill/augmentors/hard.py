@@ -61,6 +61,7 @@ class Hard(Part):
     """
 
     asks_teacher = True
+    views = frozenset({"edit"})
     needs = Needs(teacher_logits=True)
 
     def __init__(

@@ -45,6 +45,7 @@ class Mix(Part):
         SettingsError: a number outside its range, nothing to do, or micro-batches of an odd size.
     """
 
+    views = frozenset({"mix"})
     soft_labels = True
     """Terms that need one label per image do not fit; see the class."""
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visiondistill.data.origin import Origin
 from visiondistill.data.pictures import Pictures
-from visiondistill.data.source import Source, Split
+from visiondistill.data.source import TRAIN, Source, Split
 from visiondistill.data.survey import Budget, Encoded, Look, Skipped, check_quota, skipped, survey
 from visiondistill.data.tensors import TensorData
 from visiondistill.data.views import CenterView, Interpolation, RandomView
@@ -146,7 +147,9 @@ def _splits(
             data = TensorData({"image": pixels, "label": label})
         else:
             data = Pictures(files[name], rows, label, reading.channels, reading.view)
-        splits[name] = Split(data, label, [looks[name][i].digest for i in rows], bad[name])
+        digests = [looks[name][i].digest for i in rows]
+        origin = Origin.of(len(files[name]), digests, torch.tensor(rows, dtype=torch.int64)) if name == TRAIN else None
+        splits[name] = Split(data, label, digests, bad[name], origin)
     return splits
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visiondistill.data.origin import Origin
 from visiondistill.data.stream import Stream
 from visiondistill.data.survey import Skipped
 from visiondistill.data.tensors import TensorData
@@ -27,12 +28,14 @@ class Split(NamedTuple):
         label: int64 `[N]`, -1 for none.
         digest: per row, equal for equal images; None where that is not known.
         skipped: images that were left out.
+        origin: of training images, where they are in the whole set; None for each in its row.
     """
 
     data: Any
     label: Tensor
     digest: Sequence[Any] | None = None
     skipped: tuple[Skipped, ...] = ()
+    origin: Origin | None = None
 
     def select(self, rows: Tensor) -> Split:
         if isinstance(self.data, TensorData):
@@ -40,7 +43,8 @@ class Split(NamedTuple):
         else:
             data = self.data.select(rows)
         digest = None if self.digest is None else [self.digest[row] for row in rows.tolist()]
-        return Split(data, self.label[rows], digest)
+        origin = None if self.origin is None else self.origin.select(rows)
+        return Split(data, self.label[rows], digest, origin=origin)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Source:
         self._check(given)
         self._skipped = {name: split.skipped for name, split in given.items()}
         fractions = {TEST: test_fraction, VAL: val_fraction}
-        self._splits, self._carved = dict(given), set()
+        self._splits, self._carved = dict(given) | {TRAIN: _placed(given[TRAIN])}, set()
         for name, fraction in fractions.items():
             if not 0 <= fraction < 1:
                 raise SettingsError(f"{name}_fraction must be in [0, 1), got {fraction}")
@@ -171,10 +175,10 @@ class Source:
 
     def stream(self, batch_size: int, workers: int = 0, split: str = TRAIN) -> Stream:
         """Batches of a split, see `Stream`; training images are cut at random where the source does so, no others."""
-        data, contents = self._split(split), self._contents(split)
+        data, facts = self._split(split), {"contents": self._contents(split), "origin": self._splits[split].origin}
         if split != TRAIN or self.train_view is None:
-            return Stream(data, batch_size, workers, contents=contents)
-        return Stream(data.as_stored(), batch_size, workers, self.train_view, contents=contents)
+            return Stream(data, batch_size, workers, **facts)
+        return Stream(data.as_stored(), batch_size, workers, self.train_view, **facts)
 
     def split(self, name: str) -> Split:
         """A split with its labels, as it is held. Raises SettingsError where there is none."""
@@ -256,6 +260,12 @@ class Source:
             unlabelled=int((split.label < 0).sum()),
             carved=name in self._carved,
         )
+
+
+def _placed(train: Split) -> Split:
+    if train.origin is not None:
+        return train
+    return train._replace(origin=Origin.of(len(train.label), train.digest))
 
 
 def carve(label: Tensor, digest: Sequence[Any] | None, fraction: float, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from visiondistill.data.order import EpochOrder
+from visiondistill.data.origin import Origin
 from visiondistill.data.samples import Samples, collate
 from visiondistill.data.tensors import TensorData
 from visiondistill.engine.method import Batch
@@ -41,6 +42,7 @@ class Stream:
         labelled_fraction: share of samples that have a label. None reads it from the data (its
             labels in memory, or `targets`), and takes 1 where that is impossible.
         contents: a digest of images and labels, where it is known: a resumed run must have the same.
+        origin: where the samples are in the training set as it was given; None for each in its place.
 
     Raises:
         ValueError: an empty set, batch_size < 1, workers < 0, or a fraction outside (0, 1].
@@ -54,6 +56,7 @@ class Stream:
         transform: Callable | None = None,
         labelled_fraction: float | None = None,
         contents: str | None = None,
+        origin: Origin | None = None,
     ) -> None:
         name = type(data).__name__
         if len(data) == 0:
@@ -62,6 +65,7 @@ class Stream:
             raise ValueError(f"need batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
         self.data, self.batch_size, self.workers, self.transform = data, batch_size, workers, transform
         self.samples, self.contents = len(data), contents
+        self.origin = Origin.of(len(data)) if origin is None else origin
         self.labelled_fraction = _labelled_fraction(data) if labelled_fraction is None else labelled_fraction
         if not 0 < self.labelled_fraction <= 1:
             raise ValueError(f"labelled_fraction must be in (0, 1], got {self.labelled_fraction} for {name}")

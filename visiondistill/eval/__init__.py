@@ -5,6 +5,7 @@ from visiondistill.eval.classify import Answers, Scores, agreement, calibration_
 from visiondistill.eval.cost import Cost, Costs, cost_table, measure_costs
 from visiondistill.eval.identity import preprocessing, weights_hash
 from visiondistill.eval.report import AccuracyReport, accuracy_report
+from visiondistill.models import evaluating
 
 __all__ = [
     "AccuracyReport",
@@ -19,6 +20,7 @@ __all__ = [
     "collect",
     "cost_table",
     "evaluate",
+    "evaluating",
     "fit_temperature",
     "measure_costs",
     "preprocessing",

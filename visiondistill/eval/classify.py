@@ -7,6 +7,7 @@ a confidence of exactly 1 into a bin of its own; the tests hold the two together
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,6 +45,14 @@ class Scores:
     count: int
     correct: int
     top5: float | None = None
+
+
+def chance_level(count: int, classes: int) -> float:
+    """Accuracy on `count` images up to which a classifier may have guessed."""
+    chance = 1 / classes
+    noise = 3 * math.sqrt(chance * (1 - chance) / count)
+    # Of a few images not even all right is clear of chance: then it must be nearer to that than to chance.
+    return min(chance + noise, (1 + chance) / 2)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiondistill.engine.method import Batch
 from visiondistill.engine.rng import Draw
@@ -19,12 +19,15 @@ class Teacher(Part):
         num_classes: of its logits, where known.
         stages, embedding: what the terms read besides the logits; set by the `Distiller`.
         online: it learns with the student: its answers are made within the student's turn, with gradients.
+        replays: `views` of the training images that it has answers to, where it can be asked about no others; None
+            for a source that answers to any image.
     """
 
     num_classes: int | None = None
     stages: tuple[int, ...] = ()
     embedding: bool = False
     online: bool = False
+    replays: frozenset[str] | None = None
 
     def stage_index(self, stage: int) -> int:
         """`stage` counted from 0.
@@ -55,3 +58,8 @@ class Teacher(Part):
         """`{"logits": [B, K]}` for a batch with "image" and "index", and where asked for
         `"features": {stage: [B, C, H, W]}` and `"embedding": [B, D]`."""
         raise NotImplementedError(f"{type(self).__name__} must define targets()")
+
+
+def answers_images(source: nn.Module | None) -> bool:
+    """Whether there is a teacher that can be measured on images of any kind."""
+    return source is not None and getattr(source, "replays", None) is None
