@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from visiondistill.cli import main
-from visiondistill.compare import Measured, half_width, load, summarize, table
+from visiondistill.compare import load, run
 from visiondistill.data import EmbeddedDigits
 from visiondistill.models import SmallConvNet
 from visiondistill.schema import RecipeError
+from visiondistill.summaries import Measured, half_width, summarize, table
 from visiondistill.workbench import distill
 
 NETWORK = "visiondistill.models.SmallConvNet"
@@ -90,6 +92,114 @@ def test_a_seed_gives_every_arm_the_same_student_and_order(file: Path) -> None:
     built = [recipes.plan(recipes.override(config, {"run.seed": 5})) for config in arms.values()]
     students = [plan.student.state_dict() for plan in built]
     assert all(torch.equal(students[0][key], other[key]) for other in students[1:] for key in students[0])
+
+
+def with_changes(file: Path, name: str, **content: object) -> Path:
+    """The comparison with other content, of 8 steps, and with a folder of its own."""
+    whole = yaml.safe_load(file.read_text())
+    whole["pair"]["steps"] = 8
+    path = file.parent / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(whole | {"output_dir": str(file.parent / name)} | content))
+    return path
+
+
+def configs(folder: Path) -> dict[str, dict]:
+    """Of every run, by arm and run."""
+    found = {path.parent: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/*/config.yaml"))}
+    return {f"{run.parent.name}/{run.name}": config for run, config in found.items()}
+
+
+def test_a_part_runs_alone_and_the_whole_takes_it_over(file: Path) -> None:
+    path, out = with_changes(file, "parts"), file.parent / "parts"
+    words = ["compare", "--file", str(path)]
+    assert main([*words, "--only_arms", "[soft, ce]", "--only_seeds", "[1]"]) == 0
+    assert set(configs(out)) == {"ce/seed_1", "soft/seed_1"}
+    assert not (out / "compare.json").exists()
+    assert configs(out)["ce/seed_1"]["run"]["seed"] == 1
+    before = (out / "ce/seed_1/evaluation/accuracy.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert len(configs(out)) == 6
+    assert (out / "ce/seed_1/evaluation/accuracy.json").stat().st_mtime_ns == before
+
+
+def test_a_part_that_is_not_of_it_is_refused(file: Path, capsys: pytest.CaptureFixture) -> None:
+    for part, message in (("[2]", "only_seeds: no 2; there are 0, 1"), ("1", "only_seeds: expected a list")):
+        assert main(["compare", "--file", str(file), "--only_seeds", part]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_seed_may_choose_the_images_as_well(file: Path) -> None:
+    data = {"class_path": "visiondistill.data.EmbeddedDigits"}
+    pruned = {"class_path": "visiondistill.data.Pruned", "init_args": {"source": data, "fraction": 0.5}}
+    pair = yaml.safe_load(file.read_text())["pair"] | {"data": pruned, "steps": 8}
+    arms = {"all": {"recipe": "ce", "changes": {"data.fraction": 1.0}}, "half": {"recipe": "ce"}}
+    path = with_changes(file, "pruned", pair=pair, arms=arms, reference="all", seeded=["data.prune_seed"])
+    assert main(["compare", "--file", str(path)]) == 0
+    found = {name: config["data"]["init_args"] for name, config in configs(file.parent / "pruned").items()}
+    assert {name: (data["fraction"], data["prune_seed"]) for name, data in found.items()} == {
+        **{"all/seed_0": (1.0, 0), "all/seed_1": (1.0, 1)},
+        **{"half/seed_0": (0.5, 0), "half/seed_1": (0.5, 1)},
+    }
+
+
+RATE = "optim.student.lr"
+
+
+def tuned(file: Path, name: str, **tune: object) -> Path:
+    """Two arms that may choose between a rate that learns and one that does not."""
+    arms = {"ce": {"recipe": "ce"}, "kd": {"recipe": "kd"}}
+    settings = {"ce": [{RATE: 1e-9}, {RATE: 0.03}], "kd": [{RATE: 0.03}, {RATE: 1e-9}]}
+    tune = {"seed": 7, "trials": 2, "settings": settings} | tune
+    return with_changes(file, name, arms=arms, tune=tune)
+
+
+def test_every_arm_chooses_by_validation_before_its_runs(file: Path, capsys: pytest.CaptureFixture) -> None:
+    path, out = tuned(file, "tuned"), file.parent / "tuned"
+    words = ["compare", "--file", str(path)]
+    assert main([*words, "--only_seeds", "[1]"]) == 2
+    assert "ce has unfinished trials: run them first, --only_seeds '[7]'" in capsys.readouterr().err
+    assert main([*words, "--only_seeds", "[7]"]) == 0
+    assert set(configs(out)) == {f"{arm}/trial_{number}" for arm in ("ce", "kd") for number in (0, 1)}
+    # What the test images say is not what is read: the chosen trial does worst on them.
+    figures = out / "ce/trial_1/evaluation/accuracy.json"
+    figures.write_text(json.dumps(json.loads(figures.read_text()) | {"accuracy": 0.0}))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("accuracy.json")}
+    assert main(words) == 0
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("accuracy.json")}.items()
+    found = {name: (config["run"]["seed"], config["optim"]["student"]["lr"]) for name, config in configs(out).items()}
+    assert {name: seed for name, (seed, _) in found.items()} == {
+        **{f"{arm}/trial_{number}": 7 for arm in ("ce", "kd") for number in (0, 1)},
+        **{f"{arm}/seed_{number}": number for arm in ("ce", "kd") for number in (0, 1)},
+    }
+    assert {found[f"{arm}/seed_{number}"][1] for arm in ("ce", "kd") for number in (0, 1)} == {0.03}
+    ce = json.loads((out / "compare.json").read_text())["arms"][0]["choice"]
+    assert ce["setting"] == {RATE: 0.03}
+    assert [setting for setting, _ in ce["trials"]] == [{RATE: 1e-9}, {RATE: 0.03}]
+    assert ce["trials"][1][1] > ce["trials"][0][1]
+    assert "lr 0.03 (of 2)" in (out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"seed": 1}, "tune.seed: 1 must be a whole number that is none of the compared seeds 0 to 1"),
+        ({"trials": 3}, r"tune.settings.ce: expected 3 trials as for every arm"),
+        ({"settings": {"ce": [{}, {}], "kd": [{}]}}, r"tune.settings.kd: expected 2 trials"),
+        ({"settings": {"ce": [{}, {}]}}, "a list for every arm"),
+        ({"settings": [{}, {"optim.student.lrr": 1}]}, r"tune.settings.ce, trial 1: optim.student.lrr"),
+        ({"grid": []}, "tune: expected seed, trials and settings"),
+    ],
+)
+def test_uneven_or_wrong_trials_are_refused(file: Path, tune: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(tuned(file, "uneven", **tune))
+
+
+def test_trials_need_validation_images(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = load(tuned(file, "blind"))
+    monkeypatch.setattr("visiondistill.recipes.source_of", lambda config: SimpleNamespace(splits=("train", "test")))
+    with pytest.raises(RecipeError, match="these data have none"):
+        run(comparison, seeds=[7])
 
 
 def test_finished_runs_with_other_settings_are_refused(file: Path, capsys: pytest.CaptureFixture) -> None:

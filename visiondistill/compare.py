@@ -9,34 +9,51 @@ A comparison is a YAML file:
       taid: {recipe: taid, changes: {method.terms.taid.steps: 640}}
     reference: kd      # whom the others are compared with, seed by seed
     seeds: 6
+    seeded: [data.prune_seed]      # optional: keys that take the number of the seed, besides run.seed
+    tune:                          # optional: what each arm may choose from, by its accuracy on validation images
+      seed: 100                    # of the trials; none of the compared ones
+      trials: 2                    # as many for every arm
+      settings: {ce: [{optim.student.lr: 4e-3}, {optim.student.lr: 8e-3}], kd: [...], taid: [...]}
     output_dir: runs/compare
 
-Runs lie in `output_dir/ARM/seed_N`; those that are finished are not run again, an interrupted one goes on.
+`settings` may also be one list, for every arm. Runs lie in `output_dir/ARM/seed_N`, trials in
+`output_dir/ARM/trial_N`; those that are finished are not run again, an interrupted one goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiondistill import recipes, schema
 from visiondistill.schema import RecipeError
+from visiondistill.summaries import Choice, Measured, Summary, summarize, write
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from visiondistill.data import Source
 
-COST = "ce"
-"""The arm whose step is the unit of cost; without an arm of this name the reference is."""
+KEYS = ("pair", "arms", "reference", "seeds", "seeded", "tune", "output_dir")
 
-CONFIDENCE = 0.95
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the arms may choose from.
+
+    An arm whose recipe learns from validation images itself (`weighting.Trilateral`) chooses by images that it has
+    seen.
+
+    Attributes:
+        seed: of every trial.
+        settings: by arm, what each trial changes, by dotted key; as many for every arm.
+    """
+
+    seed: int
+    settings: dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -48,52 +65,21 @@ class Comparison:
         reference: name of the arm that the others are compared with.
         seeds: runs of each arm.
         folder: where the runs and the results lie.
+        seeded: dotted keys that take the number of the seed, besides that of the run.
+        tuning: None where every arm is run as it stands.
     """
 
     arms: dict[str, recipes.Config]
     reference: str
     seeds: int
     folder: Path
+    seeded: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
-
-@dataclass(frozen=True)
-class Measured:
-    """One run: figures of the test images, and its speed.
-
-    Attributes:
-        accuracy, ece: in [0, 1].
-        nll: in nats.
-        agreement: with the teacher, in [0, 1]; None without one.
-        images_per_second: median over the windows of the run.
-    """
-
-    accuracy: float
-    nll: float
-    ece: float
-    agreement: float | None
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One arm over its seeds.
-
-    Attributes:
-        accuracy: mean, and its standard deviation `spread` (n - 1); None for a single seed.
-        difference: mean of the seeds' differences to the reference, and half the width of its
-            95 % t-interval; None for the reference, and the width for fewer than two seeds.
-        cost: time of a step relative to the arm `COST`, median over the seeds.
-    """
-
-    name: str
-    runs: tuple[Measured, ...]
-    accuracy: float
-    spread: float | None
-    difference: float | None
-    half_width: float | None
-    ece: float
-    agreement: float | None
-    cost: float
+    @property
+    def order(self) -> list[int]:
+        """All seeds in the order in which they are run: trials first."""
+        return [*([] if self.tuning is None else [self.tuning.seed]), *range(self.seeds)]
 
 
 def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Comparison:
@@ -108,23 +94,22 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Comparis
     """
     changes = dict(changes or {})
     content = _content(name)
-    unknown = sorted(set(content) - {"pair", "arms", "reference", "seeds", "output_dir"})
+    unknown = sorted(set(content) - set(KEYS))
     if unknown:
-        raise RecipeError(f"{unknown[0]}: a comparison has pair, arms, reference, seeds and output_dir")
+        raise RecipeError(f"{unknown[0]}: a comparison has {', '.join(KEYS)}")
     if not isinstance(content.get("arms"), dict) or not content["arms"]:
         raise RecipeError("arms: name at least one, each with its recipe")
-    chosen = changes.pop("arms", None) or list(content["arms"])
-    missing = [arm for arm in chosen if arm not in content["arms"]]
-    if missing:
-        raise RecipeError(f"arms: no {missing[0]!r}{schema.nearest(missing[0], content['arms'])}")
+    chosen = _known(changes.pop("arms", None) or list(content["arms"]), content["arms"], "arms")
     seeds, folder = (changes.pop(key, None) or content.get(key) for key in ("seeds", "output_dir"))
     if not isinstance(seeds, int) or seeds < 1:
         raise RecipeError(f"seeds: expected a whole number >= 1, got {seeds!r}")
     reference = content.get("reference")
     if reference not in chosen:
         raise RecipeError(f"reference: {reference!r} is not among the arms {chosen}")
-    arms = {arm: _arm(arm, content["arms"][arm], content.get("pair") or {}, changes) for arm in chosen}
-    return Comparison(arms, reference, seeds, Path(folder or "runs/compare"))
+    seeded = tuple(content.get("seeded") or ())
+    arms = {arm: _arm(arm, content["arms"][arm], content.get("pair") or {}, changes, seeded) for arm in chosen}
+    tuning = _tuning(content["tune"], arms, list(content["arms"]), seeds) if "tune" in content else None
+    return Comparison(arms, reference, seeds, Path(folder or "runs/compare"), seeded, tuning)
 
 
 def names() -> list[str]:
@@ -142,60 +127,50 @@ def compare(comparison: Comparison, say: Callable[[str], None] = print) -> list[
     """
     from visiondistill.engine.across import process_index
 
-    sources: dict[str, Source] = {}
-    measured: dict[str, list[Measured]] = {arm: [] for arm in comparison.arms}
-    for seed in range(comparison.seeds):
-        for arm, config in comparison.arms.items():
-            measured[arm].append(_measure(comparison.folder / arm / f"seed_{seed}", config, seed, sources))
-            if process_index() == 0:
-                last = measured[arm][-1]
-                say(f"{arm}, seed {seed}: {last.accuracy:.2%}, {last.images_per_second:.0f} images/s")
-    summaries = summarize(measured, comparison.reference)
+    measured = run(comparison, say=say)
+    choices = {arm: _choice(comparison, arm) for arm in comparison.arms} if comparison.tuning else {}
+    summaries = summarize(measured, comparison.reference, choices)
     if process_index() == 0:
-        write(summaries, comparison)
+        write(summaries, comparison.reference, comparison.folder)
     return summaries
 
 
-def summarize(measured: Mapping[str, Sequence[Measured]], reference: str) -> list[Summary]:
-    """What the arms' runs say, in the order of the arms. The runs of one place have one seed."""
-    unit = measured.get(COST, measured[reference])
-    return [
-        Summary(
-            name=arm,
-            runs=tuple(runs),
-            accuracy=statistics.fmean(run.accuracy for run in runs),
-            spread=statistics.stdev(run.accuracy for run in runs) if len(runs) > 1 else None,
-            **_difference(runs, None if arm == reference else measured[reference]),
-            ece=statistics.fmean(run.ece for run in runs),
-            agreement=_mean([run.agreement for run in runs]),
-            cost=statistics.median(
-                one.images_per_second / run.images_per_second for one, run in zip(unit, runs, strict=True)
-            ),
-        )
-        for arm, runs in measured.items()
-    ]
+def run(
+    comparison: Comparison,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, list[Measured]]:
+    """Run a part of a comparison, so that several processes can share it, each with arms or seeds of its own.
 
+    Args:
+        arms, seeds: None for all; the seed of the trials is one of them.
+        say: told of every run.
 
-def table(summaries: Sequence[Summary], reference: str) -> Table:
-    """The comparison for a terminal; arms in the order of the file, because the spread ranks few of them."""
-    from rich.table import Table
+    Returns:
+        By arm, the runs of these seeds; trials are not among them.
 
-    table = Table(title=f"{len(summaries[0].runs)} seeds, test images; the interval is a paired 95 % t-interval")
-    for number, column in enumerate(_header(summaries, reference)):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in _rows(summaries):
-        table.add_row(*row)
-    return table
+    Raises:
+        RecipeError: no such arm or seed, or an arm whose trials are not finished; further errors as of `compare`.
+    """
+    from visiondistill.engine.across import process_index
 
-
-def write(summaries: Sequence[Summary], comparison: Comparison) -> None:
-    """compare.json (every run), compare.md (the table) and compare.png in the comparison's folder."""
-    folder, reference = comparison.folder, comparison.reference
-    content = {"reference": reference, "confidence": CONFIDENCE, "arms": [asdict(each) for each in summaries]}
-    (folder / "compare.json").write_text(json.dumps(content, indent=1), "utf-8")
-    lines = [_header(summaries, reference), ["---"] * len(_header(summaries, reference)), *_rows(summaries)]
-    (folder / "compare.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), "utf-8")
-    _draw(summaries, reference, folder / "compare.png")
+    arms = _known(arms or list(comparison.arms), comparison.arms, "only_arms")
+    seeds = _known(comparison.order if seeds is None else seeds, comparison.order, "only_seeds")
+    sources: dict[str, Source] = {}
+    measured: dict[str, list[Measured]] = {arm: [] for arm in arms}
+    for seed in (seed for seed in comparison.order if seed in seeds):
+        for arm in arms:
+            if comparison.tuning is not None and seed == comparison.tuning.seed:
+                told = _try_all(comparison, arm, sources)
+            else:
+                folder, config = comparison.folder / arm / f"seed_{seed}", _chosen(comparison, arm)
+                last = _measure(folder, _seeded(comparison, config, seed), sources)
+                measured[arm].append(last)
+                told = f"{arm}, seed {seed}: {last.accuracy:.2%}, {last.images_per_second:.0f} images/s"
+            if process_index() == 0:
+                say(told)
+    return measured
 
 
 def _content(name: str | Path) -> recipes.Config:
@@ -208,7 +183,21 @@ def _content(name: str | Path) -> recipes.Config:
     return recipes.read(path)
 
 
-def _arm(name: str, node: Any, pair: recipes.Config, changes: Mapping[str, Any]) -> recipes.Config:
+def _known(asked: Any, known: Collection, where: str) -> list:
+    if not isinstance(asked, list):
+        raise RecipeError(f"{where}: expected a list, got {asked!r}")
+    missing = [one for one in asked if one not in known]
+    if missing:
+        raise RecipeError(
+            f"{where}: no {missing[0]!r}{schema.nearest(str(missing[0]), [str(one) for one in known])}; there are "
+            f"{', '.join(map(str, known))}"
+        )
+    return asked
+
+
+def _arm(
+    name: str, node: Any, pair: recipes.Config, changes: Mapping[str, Any], seeded: Sequence[str]
+) -> recipes.Config:
     if not isinstance(node, dict) or set(node) - {"recipe", "changes"} or "recipe" not in node:
         raise RecipeError(f"arms.{name}: expected a recipe and, where needed, changes; got {node!r}")
     config = recipes.merge(recipes.load(node["recipe"]), pair)
@@ -217,33 +206,111 @@ def _arm(name: str, node: Any, pair: recipes.Config, changes: Mapping[str, Any])
     if "stages" in config:
         raise RecipeError(f"arms.{name}: a recipe of several stages has no budget to share with others")
     config = recipes.override(recipes.override(config, node.get("changes") or {}), changes)
-    try:
-        recipes.check(config)
-    except RecipeError as error:
-        raise RecipeError(f"arms.{name}: {error}") from error
+    _check(recipes.override(config, dict.fromkeys(seeded, 0)), f"arms.{name}")
     return config
 
 
-def _measure(folder: Path, config: recipes.Config, seed: int, sources: dict[str, Source]) -> Measured:
-    own = {"run.seed": seed, "run.output_dir": str(folder), "run.resume": "auto", "run.progress": False}
-    config = recipes.override(config, own)
-    if (folder / "evaluation" / "accuracy.json").is_file():
+def _check(config: recipes.Config, where: str) -> None:
+    try:
+        recipes.check(config)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _tuning(node: Any, arms: Mapping[str, recipes.Config], named: Sequence[str], seeds: int) -> Tuning:
+    if not isinstance(node, dict) or set(node) != {"seed", "trials", "settings"}:
+        raise RecipeError(f"tune: expected seed, trials and settings, got {node!r}")
+    seed, trials, settings = (node[key] for key in ("seed", "trials", "settings"))
+    if not isinstance(seed, int) or seed in range(seeds):
+        raise RecipeError(
+            f"tune.seed: {seed!r} must be a whole number that is none of the compared seeds 0 to {seeds - 1}"
+        )
+    if isinstance(settings, list):
+        settings = dict.fromkeys(named, settings)
+    if not isinstance(settings, dict) or set(settings) != set(named):
+        raise RecipeError(f"tune.settings: expected a list for every arm, {list(named)}, or one for all of them")
+    for arm, config in arms.items():
+        own = settings[arm]
+        if not isinstance(own, list) or len(own) != trials or not all(isinstance(each, dict) for each in own):
+            raise RecipeError(
+                f"tune.settings.{arm}: expected {trials} trials as for every arm, each a mapping; got {own!r}"
+            )
+        for number, changes in enumerate(own):
+            _check(recipes.override(config, changes), f"tune.settings.{arm}, trial {number}")
+    return Tuning(seed, {arm: settings[arm] for arm in arms})
+
+
+def _seeded(comparison: Comparison, config: recipes.Config, seed: int) -> recipes.Config:
+    return recipes.override(config, dict.fromkeys(("run.seed", *comparison.seeded), seed))
+
+
+def _chosen(comparison: Comparison, arm: str) -> recipes.Config:
+    """The arm's config with the setting that it chose, where it was tuned."""
+    config = comparison.arms[arm]
+    return config if comparison.tuning is None else recipes.override(config, _choice(comparison, arm).setting)
+
+
+def _choice(comparison: Comparison, arm: str) -> Choice:
+    settings = comparison.tuning.settings[arm]
+    reached = [_validation(_trial(comparison, arm, number)) for number in range(len(settings))]
+    if None in reached:
+        raise RecipeError(f"{arm} has unfinished trials: run them first, --only_seeds '[{comparison.tuning.seed}]'")
+    return Choice(settings[reached.index(max(reached))], tuple(zip(settings, reached, strict=True)))
+
+
+def _trial(comparison: Comparison, arm: str, number: int) -> Path:
+    return comparison.folder / arm / f"trial_{number}"
+
+
+def _try_all(comparison: Comparison, arm: str, sources: dict[str, Source]) -> str:
+    for number, changes in enumerate(comparison.tuning.settings[arm]):
+        config = _seeded(comparison, recipes.override(comparison.arms[arm], changes), comparison.tuning.seed)
+        if "val" not in _source(config, sources).splits:
+            raise RecipeError("tune: trials are judged by validation images, and these data have none")
+        config = recipes.override(config, {"run.evaluate_every": config["steps"]})
+        _measure(_trial(comparison, arm, number), config, sources)
+    choice = _choice(comparison, arm)
+    reached = ", ".join(f"{accuracy:.2%}" for _, accuracy in choice.trials)
+    return f"{arm}, trials: {reached} on validation images; chosen: {choice.setting or 'as it stands'}"
+
+
+def _validation(folder: Path) -> float | None:
+    """Accuracy on validation images at the end of a finished trial."""
+    from visiondistill.workbench import ACCURACY
+
+    if not _finished(folder):
+        return None
+    return json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])[ACCURACY]
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "evaluation" / "accuracy.json").is_file()
+
+
+def _measure(folder: Path, config: recipes.Config, sources: dict[str, Source]) -> Measured:
+    config = recipes.override(config, {"run.output_dir": str(folder), "run.resume": "auto", "run.progress": False})
+    if _finished(folder):
         _require_same(folder, config)
     else:
         _run(folder, config, sources)
     return _read(folder)
 
 
-def _run(folder: Path, config: recipes.Config, sources: dict[str, Source]) -> None:
-    from visiondistill.workbench import run
-
+def _source(config: recipes.Config, sources: dict[str, Source]) -> Source:
     node = recipes.dump(config.get("data", {}))
     if node not in sources:
         sources[node] = recipes.source_of(config)
+    return sources[node]
+
+
+def _run(folder: Path, config: recipes.Config, sources: dict[str, Source]) -> None:
+    from visiondistill.workbench import run
+
+    source = _source(config, sources)
     with warnings.catch_warnings():
         # An arm on labels alone keeps the pair's teacher, for its agreement with it.
         warnings.filterwarnings("ignore", message="a teacher is given, but no term")
-        outcome = run(config, source=sources[node], artefacts=False)
+        outcome = run(config, source=source, artefacts=False)
     assert outcome is not None
     if outcome.result.reason != "finished":
         raise KeyboardInterrupt(f"{outcome.result.reason} in {folder}")
@@ -285,70 +352,3 @@ def _read(folder: Path) -> Measured:
         agreement=None if teacher is None else teacher["agreement"],
         images_per_second=statistics.median(rates),
     )
-
-
-def _difference(runs: Sequence[Measured], reference: Sequence[Measured] | None) -> dict[str, float | None]:
-    if reference is None:
-        return {"difference": None, "half_width": None}
-    differences = [run.accuracy - other.accuracy for run, other in zip(runs, reference, strict=True)]
-    return {"difference": statistics.fmean(differences), "half_width": half_width(differences)}
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half the 95 % t-interval of the mean of `values`; None for fewer than two."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.fmean(values)
-
-
-def _header(summaries: Sequence[Summary], reference: str) -> list[str]:
-    unit = COST if any(each.name == COST for each in summaries) else reference
-    return ["arm", "accuracy %", f"minus {reference}", "ECE %", "agreement %", f"step, x {unit}"]
-
-
-def _rows(summaries: Sequence[Summary]) -> list[list[str]]:
-    return [
-        [
-            each.name,
-            _percent(each.accuracy) + ("" if each.spread is None else f" ± {_percent(each.spread)}"),
-            "" if each.difference is None else f"{100 * each.difference:+.2f}" + _within(each.half_width),
-            _percent(each.ece),
-            "" if each.agreement is None else _percent(each.agreement),
-            f"{each.cost:.2f}",
-        ]
-        for each in summaries
-    ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
-
-
-def _within(half: float | None) -> str:
-    return "" if half is None else f" ± {_percent(half)}"
-
-
-def _draw(summaries: Sequence[Summary], reference: str, path: Path) -> None:
-    """Every run as a point, every arm's mean with its standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.9 + 0.38 * len(summaries)), layout="constrained")
-    axes = figure.subplots()
-    for place, each in enumerate(summaries):
-        points = [100 * run.accuracy for run in each.runs]
-        colour = "tab:orange" if each.name == reference else "tab:blue"
-        axes.plot(points, [place] * len(points), "o", color=colour, alpha=0.35, markersize=4)
-        axes.errorbar(100 * each.accuracy, place, xerr=100 * (each.spread or 0), fmt="D", color=colour, capsize=3)
-    axes.axvline(100 * next(each.accuracy for each in summaries if each.name == reference), color="grey", alpha=0.4)
-    axes.set_yticks(range(len(summaries)), [each.name for each in summaries])
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy %, mean ± standard deviation over seeds")
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
