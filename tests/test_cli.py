@@ -58,7 +58,7 @@ def test_wrong_input_exits_with_2_and_names_it(words: list[str], named: str, cap
     assert named in capsys.readouterr().err
 
 
-VERBS = ("demo", "train", "finetune", "evaluate", "export", "compare", "methods", "benchmark")
+VERBS = ("demo", "train", "finetune", "evaluate", "store", "export", "compare", "methods", "benchmark")
 LIGHT = """
 import contextlib, io, sys
 from visiondistill.cli import main
@@ -135,11 +135,11 @@ def test_a_method_is_told_with_its_classes_and_its_settings(capsys: pytest.Captu
 PLUGIN = """
 from visiondistill.options import options_of
 
-def evaluate_fid(words):
-    'usage: visiondistill evaluate fid --samples DIR'
-    options = options_of(words, evaluate_fid, {"samples": None})
+def evaluate_ssim(words):
+    'usage: visiondistill evaluate ssim --samples DIR'
+    options = options_of(words, evaluate_ssim, {"samples": None})
     if options is not None:
-        print("fid of", options["samples"])
+        print("ssim of", options["samples"])
     return 0
 """
 
@@ -147,27 +147,29 @@ def evaluate_fid(words):
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that extends `evaluate`, and one that is broken."""
-    (tmp_path / "fid_plugin.py").write_text(PLUGIN)
-    info = tmp_path / "fid_plugin-1.0.dist-info"
+    (tmp_path / "ssim_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "ssim_plugin-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fid-plugin\nVersion: 1.0\n")
-    points = ["evaluate.fid = fid_plugin:evaluate_fid", "evaluate.kid = fid_plugin:evaluate_kid"]
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ssim-plugin\nVersion: 1.0\n")
+    points = ["evaluate.ssim = ssim_plugin:evaluate_ssim", "evaluate.psnr = ssim_plugin:evaluate_psnr"]
     (info / "entry_points.txt").write_text("\n".join(["[visiondistill.commands]", *points]))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    sys.modules.pop("fid_plugin", None)
+    sys.modules.pop("ssim_plugin", None)
 
 
 def test_another_package_extends_evaluate(plugin: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["evaluate", "fid", "--samples", "7"]) == 0
-    assert capsys.readouterr().out == "fid of 7\n"
-    assert main(["evaluate", "fid", "--help"]) == 0
-    assert "evaluate fid --samples" in capsys.readouterr().out
-    for words, named in ((["fid", "--sample", "x"], "--sample"), (["fi"], "'fid'"), (["kid"], "evaluate_kid")):
+    assert main(["evaluate", "ssim", "--samples", "7"]) == 0
+    assert capsys.readouterr().out == "ssim of 7\n"
+    assert main(["evaluate", "ssim", "--help"]) == 0
+    assert "evaluate ssim --samples" in capsys.readouterr().out
+    for words, named in ((["ssim", "--sample", "x"], "--sample"), (["ssi"], "'ssim'"), (["psnr"], "evaluate_psnr")):
         assert main(["evaluate", *words]) == 2
         assert named in capsys.readouterr().err
     assert main(["evaluate", "nothing"]) == 2
-    assert "there are accuracy, cost, fid, kid" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "there are accuracy, cost, " in told
+    assert "psnr, ssim" in told
 
 
 OTHERS = {

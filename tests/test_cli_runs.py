@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from visiondistill import measure, recipes, workbench
+from visiondistill import measure, recipes, workbench, workshop
 from visiondistill.cli import main
 from visiondistill.data import EmbeddedDigits
 from visiondistill.engine.errors import SettingsError
@@ -223,7 +223,7 @@ def test_wrong_exports_are_refused_by_name(single, staged, tmp_path, capsys, mon
 
 
 def test_what_was_given_as_an_object_cannot_be_built_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(workbench, "_finish", lambda *_: object())  # neither measured nor exported
+    monkeypatch.setattr(workshop.Classifiers, "finish", lambda *_: ({}, None))  # neither measured nor exported
     settings = {"run__output_dir": str(tmp_path / "run"), "run__progress": False, "run__device": "cpu", "steps": 4}
     workbench.distill(SmallConvNet([4]), None, EmbeddedDigits(), recipe="finetune", run__proof_window=1, **settings)
     told = said(capsys, "export", "--run", str(tmp_path / "run"))

@@ -23,6 +23,7 @@ USAGE = """usage: visiondistill <verb> [options]
   train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
   finetune [--key value]                    train --recipe finetune: a teacher for the classes of your folder
   evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)
+  store --run DIR --file FILE               a teacher's logits on its training images, for the recipe `stored`
   export --run DIR [--onnx true]            export what a run made (again), from its checkpoint
   compare --file NAME|FILE [--seeds N]      recipes x seeds on one pair and budget, with intervals
   methods [NAME]                            the recipes that there are, or one of them whole
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": train,
         "finetune": finetune,
         "evaluate": evaluate,
+        "store": store,
         "export": export,
     }
     verbs |= {"compare": compare, "methods": methods, "benchmark": benchmark}
@@ -189,6 +191,26 @@ def evaluate(words: list[str]) -> int:
     return 0
 
 
+def store(words: list[str]) -> int:
+    """usage: visiondistill store --run DIR --file FILE.safetensors [--data.root DIR]
+              visiondistill store --model NAME|FOLDER --data.root DIR --file FILE.safetensors
+
+    Asks a run's export, any other export or a timm model about the training images and their mirror
+    images once and writes its logits to FILE, which then teaches in its place:
+    train --recipe stored --teacher.file FILE.
+    """
+    options = options_of(words, store, {"file": None, "run": None, "model": None}, dotted=("data", "teacher"))
+    if options is None:
+        return 0
+    from visiondistill import measure
+    from visiondistill.schema import RecipeError
+
+    if options["file"] is None:
+        raise RecipeError("name the file to write: --file FILE.safetensors")
+    print(f"logits of {measure.store(**options)} images: {options['file']}")
+    return 0
+
+
 def export(words: list[str]) -> int:
     """usage: visiondistill export --run DIR [--output_dir DIR] [--weights auto|ema|raw] [--onnx true]
                                    [--checkpoint DIR] [--data.root DIR]
@@ -217,27 +239,34 @@ def export(words: list[str]) -> int:
 
 def compare(words: list[str]) -> int:
     """usage: visiondistill compare --file NAME|FILE [--arms "[kd, pld]"] [--seeds N] [--output_dir DIR]
-                                     [--dotted.key value ...]
+                                     [--only_arms "[pld]"] [--only_seeds "[0, 1]"] [--dotted.key value ...]
 
     Runs several recipes on one teacher, student and budget, each with the same seeds, and writes a
     table, a picture and compare.json: mean and spread, the paired difference to the reference with
     its 95 % interval, calibration, agreement with the teacher, the cost of a step. Runs that are
     finished are not run again; after an interruption the same command goes on. Dotted keys
     override the pair of all arms (--data.root DIR, --steps 1000).
+    --only_arms and --only_seeds run a part and write no table: several processes can share the
+    work so, each with a part of its own. Where arms are tuned, the seed of the trials comes first.
     """
     if asks_help(words, compare):
         return 0
     from visiondistill import recipes
     from visiondistill.compare import compare as run_all
-    from visiondistill.compare import load, table
+    from visiondistill.compare import load, run
     from visiondistill.engine.across import process_index
+    from visiondistill.summaries import table
 
     changes = recipes.parse_overrides(words)
     if "file" not in changes:
         raise recipes.RecipeError("name a comparison: --file NAME, or a YAML file")
-    comparison = load(str(changes.pop("file")), changes)
+    part = [changes.pop(name, None) for name in ("only_arms", "only_seeds")]
+    comparison, say = load(str(changes.pop("file")), changes), partial(print, flush=True)
     try:
-        summaries = run_all(comparison, partial(print, flush=True))
+        if part != [None, None]:
+            run(comparison, *part, say)
+            return 0
+        summaries = run_all(comparison, say)
     except KeyboardInterrupt as signalled:
         print(f"visiondistill compare: {signalled}; the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT

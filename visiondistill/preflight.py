@@ -6,18 +6,18 @@ printed; the export is rehearsed.
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visiondistill.engine.across import process_count
 from visiondistill.engine.errors import SettingsError
+from visiondistill.teachers.base import answers_images
 
 if TYPE_CHECKING:
     from visiondistill.data import Account
@@ -57,17 +57,17 @@ class Preflight:
     """
 
     data: Account | None
-    student: NetworkFacts | None
-    teacher: NetworkFacts | None
-    teacher_accuracy: float | None
-    teacher_images: int
     steps: dict[str, int]
     epochs: float | None
     batch: str
-    ideal_step_cost: float | None
     memory: int
     checkpoint: int
     disk: int
+    student: NetworkFacts | None = None
+    teacher: NetworkFacts | None = None
+    teacher_accuracy: float | None = None
+    teacher_images: int = 0
+    ideal_step_cost: float | None = None
     notes: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,31 +112,55 @@ def preflight(plan: Plan, rehearse: bool = True) -> Preflight:
     student, teacher = _facts(plan.student, size), _facts(plan.teacher, size)
     _check_classes(plan)
     accuracy, images = _measure_teacher(plan)
-    memory, checkpoint = _sizes(plan)
+    trained = [] if plan.student is None else [p for p in plan.student.parameters() if p.requires_grad]
+    facts = of_run(
+        plan,
+        trained=bytes_of(trained),
+        frozen=0 if plan.teacher is None else bytes_of(plan.teacher.parameters()),
+        student=student,
+        teacher=teacher,
+        teacher_accuracy=accuracy,
+        teacher_images=images,
+        ideal_step_cost=_ideal(student, teacher),
+    )
+    if rehearse and plan.source is not None and plan.student is not None and process_count() == 1:
+        _rehearse(plan)
+    return facts
+
+
+def of_run(plan: Plan, trained: int, frozen: int, **own: Any) -> Preflight:
+    """What a plan is whatever it trains, with `own` for the rest of the facts.
+
+    Args:
+        trained, frozen: bytes of weights.
+
+    Raises:
+        SettingsError: no room for the checkpoints.
+    """
+    average = trained if plan.run.ema_decay is not None else 0
+    checkpoint = 3 * trained + average
     disk = shutil.disk_usage(_existing(Path(plan.run.output_dir))).free
     if disk < checkpoint * (plan.run.keep + 1):
         raise SettingsError(
             f"run.output_dir: {plan.run.keep + 1} checkpoints of {_bytes(checkpoint)} do not fit into {_bytes(disk)}; "
             f"free some space or lower run.keep"
         )
-    if rehearse and plan.source is not None and plan.student is not None and process_count() == 1:
-        _rehearse(plan)
     steps = {stage.name: stage.steps for stage in plan.stages}
     rows = None if plan.source is None else len(plan.source.train())
     return Preflight(
         data=None if plan.source is None else plan.source.describe(),
-        student=student,
-        teacher=teacher,
-        teacher_accuracy=accuracy,
-        teacher_images=images,
         steps=steps,
         epochs=None if rows is None else sum(steps.values()) * plan.run.batch_size / rows,
         batch=_batch(plan),
-        ideal_step_cost=_ideal(student, teacher),
-        memory=memory,
+        memory=4 * trained + average + frozen,
         checkpoint=checkpoint,
         disk=disk,
+        **own,
     )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def taught_by(plan: Plan) -> str:
@@ -200,22 +224,21 @@ def _check_classes(plan: Plan) -> None:
 
 
 def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
-    """Accuracy on validation images; an online teacher has learnt nothing yet."""
+    """Accuracy on validation images; an online teacher has learnt nothing yet, a stored one knows none of them."""
     from visiondistill.eval import evaluate
+    from visiondistill.eval.classify import chance_level
 
-    online = getattr(plan.teacher, "online", False)
-    if plan.teacher is None or online or plan.source is None or "val" not in plan.source.splits:
+    asked = answers_images(plan.teacher) and not getattr(plan.teacher, "online", False)
+    if not asked or plan.source is None or "val" not in plan.source.splits:
         return None, 0
     data = plan.source.val()
     kept = some_of(data, TEACHER_IMAGES)
     scores = evaluate(plan.teacher, kept)
-    chance = 1 / len(plan.source.classes)
-    noise = 3 * math.sqrt(chance * (1 - chance) / scores.count)
-    # Of a few images not even all right is clear of chance: then a teacher must be nearer to that than to chance.
-    if scores.accuracy <= min(chance + noise, (1 + chance) / 2):
+    classes = len(plan.source.classes)
+    if scores.accuracy <= chance_level(scores.count, classes):
         raise SettingsError(
-            f"teacher: {scores.accuracy:.1%} on {scores.count} validation images is chance ({chance:.1%}): its weights "
-            f"were not loaded, its classes are in another order, or its pixels are prepared wrongly. "
+            f"teacher: {scores.accuracy:.1%} on {scores.count} validation images is chance ({1 / classes:.1%}): its "
+            f"weights were not loaded, its classes are in another order, or its pixels are prepared wrongly. "
             f"weights: {getattr(plan.teacher, 'source', 'unknown')}"
         )
     return scores.accuracy, scores.count
@@ -229,15 +252,6 @@ def some_of(data: Any, count: int) -> Any:
     if isinstance(data, TensorData):
         return TensorData({name: column[rows] for name, column in data.columns.items()})
     return data.select(rows) if hasattr(data, "select") else torch.utils.data.Subset(data, rows.tolist())
-
-
-def _sizes(plan: Plan) -> tuple[int, int]:
-    trained = (
-        sum(p.numel() * p.element_size() for p in plan.student.parameters() if p.requires_grad) if plan.student else 0
-    )
-    frozen = sum(p.numel() * p.element_size() for p in plan.teacher.parameters()) if plan.teacher else 0
-    average = trained if plan.run.ema_decay is not None else 0
-    return 4 * trained + average + frozen, 3 * trained + average
 
 
 def _rehearse(plan: Plan) -> None:

@@ -14,8 +14,8 @@ from visiondistill.engine.errors import ResumeError, SettingsError
 from visiondistill.engine.launch import launch
 from visiondistill.export import About, Exported, export_run
 from visiondistill.measure import report_on, require_onnx, run_config
-from visiondistill.preflight import taught_by
 from visiondistill.schema import RecipeError
+from visiondistill.workshop import workshop_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,15 +96,10 @@ def export_again(
     if weights == "ema" and restored.ema is None:
         raise RecipeError("weights: this run kept no average (run.ema_decay is null); take --weights raw")
     result = _as_result(restored, run)
-    product = restored.product if restored.ema is None or weights == "raw" else restored.ema
-    which = "raw" if product is restored.product else "EMA"
-    metrics = _figures(run, product, plan, which)
-    method = {"recipe": config} | _unfinished(restored, plan)
+    product = result.product if result.ema is None or weights == "raw" else result.ema
+    about = {"recipe": config} | _unfinished(restored, plan)
     place = None if folder is None else Path(folder)
-    try:
-        return publish(result, plan.source, method, metrics, taught_by(plan), place, use=weights, onnx=onnx)
-    except ValueError as error:
-        raise SettingsError(f"{run} cannot be exported: {error}") from error
+    return workshop_of(plan).export(plan, result, product, place, about, use=weights, onnx=onnx)
 
 
 def _rebuilt(config: recipes.Config, run: Path) -> recipes.Plan:
@@ -117,18 +112,13 @@ def _rebuilt(config: recipes.Config, run: Path) -> recipes.Plan:
         if absent:
             message += f"; it names no {', '.join(absent)}, and what was given to distill() as an object is in no file"
         raise RecipeError(message) from error
-    if plan.source is None:
-        raise RecipeError(
-            f"{path} names no data at its top, so that classes and image size are unknown. In Python, "
-            f"visiondistill.export.export(network, FOLDER, classes=[...], input_size=(C, H, W)) takes them"
-        )
     return plan
 
 
 def _as_result(restored: Restored, run: Path) -> Result:
     return Result(
-        product=restored.product,
-        ema=restored.ema,
+        product=restored.method.presented(restored.product),
+        ema=None if restored.ema is None else restored.method.presented(restored.ema),
         history=[],
         output_dir=run,
         step=restored.step,
@@ -138,14 +128,15 @@ def _as_result(restored: Restored, run: Path) -> Result:
     )
 
 
-def _figures(run: Path, product: nn.Module, plan: recipes.Plan, weights: str) -> Mapping[str, Any]:
+def figures(run: Path, product: nn.Module, plan: recipes.Plan, weights: str) -> Mapping[str, Any]:
+    """Of a run's test images: those in its folder where they are of these weights; measured otherwise."""
     from visiondistill.eval.identity import weights_hash
 
     stored = run / "evaluation" / "accuracy.json"
     if stored.is_file():
-        figures = json.loads(stored.read_text("utf-8"))
-        if figures["weights"]["sha256"] == weights_hash(product):
-            return figures
+        kept = json.loads(stored.read_text("utf-8"))
+        if kept["weights"]["sha256"] == weights_hash(product):
+            return kept
     if "test" not in plan.source.splits:
         return {}
     device = launch().device

@@ -23,7 +23,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -231,12 +231,14 @@ class Plan:
 
     Attributes:
         stages, run: for `engine.train`.
+        kinds: classes of the stages' methods.
         source: the data that the top of the recipe names; None where methods bring their own.
         student, teacher: the networks that it names.
     """
 
     stages: list[Stage]
     run: Run
+    kinds: list[Callable] = field(default_factory=list)
     source: Source | None = None
     student: nn.Module | None = None
     teacher: nn.Module | None = None
@@ -300,7 +302,9 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
     check(config, given)
     top = {*config, *given}
     run = schema.build(config["run"], Run, "run")
-    built = Plan([], run, given.get("data") or source, given.get("student"), given.get("teacher"))
+    built = Plan(
+        [], run, source=given.get("data") or source, student=given.get("student"), teacher=given.get("teacher")
+    )
     if "data" in config and built.source is None:
         built.source = source_of(config)
     streams = None
@@ -327,6 +331,7 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
         make = partial(_make, node["method"], f"{where}method", run.seed, filled, handed_over)
         optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
         method: Method | Callable = make if index else make(None)
+        built.kinds.append(target)
         built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
     return built
 
@@ -462,7 +467,7 @@ def _sized(network: nn.Module | None, source: Source) -> nn.Module | None:
     from visiondistill.models import Network
     from visiondistill.parts import Part
 
-    bare = network is not None and not isinstance(network, Network | Part)
+    bare = network is not None and not isinstance(network, Part) and not hasattr(network, "input_size")
     return Network(network, input_size=source.input_size) if bare and source.input_size is not None else network
 
 

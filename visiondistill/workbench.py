@@ -12,19 +12,16 @@ from torch import nn
 
 from visiondistill import recipes
 from visiondistill.data import OwnData, Source
-from visiondistill.engine import Method, Result, Watch, train
+from visiondistill.engine import Method, Result, train
 from visiondistill.engine.across import process_index
-from visiondistill.measure import report_on, run_config
-from visiondistill.preflight import Preflight, preflight
+from visiondistill.measure import run_config
+from visiondistill.preflight import Preflight
+from visiondistill.workshop import ACCURACY, workshop_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from visiondistill.eval import AccuracyReport
     from visiondistill.export import Exported
-
-ACCURACY = "val/accuracy"
-"""In metrics.jsonl: of the product on validation images, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,12 @@ class Outcome:
 
     Attributes:
         student: the product, with averaged weights where an average was kept; eval mode.
-        metrics: of the test images, as in `evaluation/accuracy.json`; empty where the recipe names no data,
-            or data without a test split.
+        metrics: as in the run folder's `evaluation`: of a classifier on the test images; empty where nothing
+            could be measured.
         folder: the run folder.
         result: of the engine.
         facts: of the preflight.
-        exported: the export, where the recipe names data.
+        exported: the export; None where it could not be made.
     """
 
     student: nn.Module
@@ -70,7 +67,8 @@ def run(
         Further errors as of `engine.train`.
     """
     plan = recipes.plan(config, given, source)
-    facts = preflight(plan, rehearse=artefacts)
+    workshop = workshop_of(plan)
+    facts = workshop.preflight(plan, rehearse=artefacts)
     if process_index() == 0 and (plan.run.progress or dry_run):
         print("\n".join(facts.lines()), flush=True)
     if dry_run:
@@ -80,13 +78,16 @@ def run(
     # What was given as an object is in no file: better absent from the recipe than named wrongly.
     config = {name: node for name, node in config.items() if name not in (given or {})}
     config = recipes.resolve(config, given or ())
-    result = train(plan.stages, plan.run, config=recipes.dump(config), watch=_watch(plan.source))
+    result = train(plan.stages, plan.run, config=recipes.dump(config), watch=workshop.watch(plan))
     if process_index() == 0:
         (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
     student = (result.ema or result.product).eval()
-    if plan.source is None or result.reason != "finished":
-        return Outcome(student, {}, result.output_dir, result, facts, None)
-    return _finish(plan, result, student, facts, config, artefacts)
+    metrics, exported = {}, None
+    if result.reason == "finished":
+        metrics, exported = workshop.finish(plan, result, student, facts, config, artefacts)
+        if process_index() == 0 and artefacts:
+            _plot(result.history, result.output_dir / "curves.png")
+    return Outcome(student, metrics, result.output_dir, result, facts, exported)
 
 
 def distill(
@@ -162,54 +163,6 @@ def _tuned(plan: recipes.Plan, config: recipes.Config, facts: Preflight) -> tupl
     picked = {f"run.{name}": getattr(plan.run, name) for name in SWITCHES}
     config = recipes.override({k: v for k, v in config.items() if k != "performance"}, picked)
     return config, replace(facts, notes=(*facts.notes, *lines))
-
-
-def _watch(source: Source | None) -> Watch | None:
-    """How the product does on the validation images, for `train` to log."""
-    if source is None or "val" not in source.splits:
-        return None
-    from visiondistill.eval import evaluate
-
-    val = source.val()
-
-    def watch(product: nn.Module) -> dict[str, float]:
-        scores = evaluate(product, val)
-        return {ACCURACY: scores.accuracy, "val/nll": scores.nll}
-
-    return watch
-
-
-def _finish(
-    plan: recipes.Plan,
-    result: Result,
-    student: nn.Module,
-    facts: Preflight,
-    config: Mapping[str, Any],
-    artefacts: bool,
-) -> Outcome:
-    from visiondistill.publish import publish
-
-    source, report, exported = plan.source, None, None
-    if "test" in source.splits:
-        report = report_on(student, source, plan.teacher, "EMA" if result.ema is not None else "raw")
-    metrics = {} if report is None else report.to_dict()
-    if process_index() == 0 and report is not None:
-        report.write(result.output_dir / "evaluation", plots=artefacts)
-    if process_index() == 0 and artefacts:
-        exported = publish(result, source, {"recipe": config}, metrics, facts.taught_by())
-        _plot(result.history, result.output_dir / "curves.png")
-        if plan.run.progress:
-            _show(report, exported)
-    return Outcome(student, metrics, result.output_dir, result, facts, exported)
-
-
-def _show(report: AccuracyReport | None, exported: Exported) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if report is not None:
-        console.print(report.table())
-    console.print(f"export ({exported.format}): {exported.folder}")
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> None:

@@ -81,3 +81,18 @@ def test_the_average_of_a_bf16_network_keeps_what_bf16_cannot() -> None:
         average.update(torch.zeros(()))
     assert average.values[0].dtype == torch.float32
     assert average.values[0].allclose(torch.full((4, 4), 1 - 0.999**200), rtol=1e-4)
+
+
+def test_deterministic_kernels_are_asked_for_during_the_run_alone(tmp_path: Path) -> None:
+    seen = []
+
+    class Looking(Scaled):
+        def prepare(self, batch: dict, draw: Draw, due: frozenset[str]) -> dict:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().prepare(batch, draw, due)
+
+    for wanted in (True, False):
+        run = Run(str(tmp_path / f"{wanted}"), 16, progress=False, device="cpu", deterministic=wanted)
+        train([Stage(Looking(), 1)], run)
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -7,6 +7,7 @@ for a GPU if the tensors lay on one.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -387,13 +388,59 @@ def test_a_student_of_several_steps(tmp_path: Path) -> None:
     watch([stages[0], Stage(several_steps, STEPS, name="dmd2")], settings, tmp_path)
 
 
-def several_steps(denoiser: nn.Module) -> Method:
-    from diffusion.methods.dmd2 import DMD2, trainable_copy
+def several_steps(initial: nn.Module) -> Method:
+    from diffusion.generator import Generator
+    from diffusion.methods.dmd2 import DMD2
     from diffusion.toys import exact_denoiser
     from diffusion.toys import ring as gaussians
 
-    teacher = exact_denoiser(gaussians(), denoiser.process)
-    return DMD2(teacher, (2,), student=denoiser, fake_score=trainable_copy(denoiser), student_steps=3)
+    teacher = Generator(exact_denoiser(gaussians(), initial.process), (2,))
+    return DMD2(teacher, student=initial, fake_score=copy.deepcopy(initial), student_steps=3)
+
+
+PROCESSES = ["edm", "flow", "vp"]
+
+
+def matching(name: str, folder: Path) -> tuple[list[Stage], dict[str, Any]]:
+    """A teacher trained on points, then DMD2 with all its terms and two steps, on one noise path."""
+    from diffusion.codecs import Pixels
+    from diffusion.conditions import ClassLabels
+    from diffusion.critics import GAN
+    from diffusion.denoiser import Denoiser
+    from diffusion.generator import Generator
+    from diffusion.methods import DMD2, Denoising, Regression
+    from diffusion.pairs import store_pairs
+    from diffusion.process import EDMProcess, FlowProcess, VPProcess
+    from diffusion.toys import MLP
+
+    class Labelled(MLP):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return super().forward(x + condition[:, None], t)
+
+    process = {"edm": EDMProcess(), "flow": FlowProcess(3.0, num_steps=100), "vp": VPProcess.from_betas()}[name]
+    denoiser = Denoiser(Labelled(width=16), process, {"edm": "x0", "flow": "velocity", "vp": "eps"}[name])
+    generator = Generator(denoiser, (2,), codec=Pixels(), conditions=ClassLabels(3), steps=2, guidance_scale=2.0)
+    pairs = str(store_pairs(generator, 32, folder / "pairs"))
+    points = TensorData({"code": torch.randn(64, 2), "label": torch.arange(64) % 3})
+    streams = {"train": Stream(points, 16)}
+    gan, regression = GAN(taps=["layers.1"], kind="relativistic", r1=1.0), Regression(pairs, 16)
+    options = {"gan": gan, "regression": regression, "student_every": 2, "student_steps": 2, "sigma_data": None}
+    stages = [
+        Stage(Denoising(copy.deepcopy(generator), streams), STEPS, name="teacher"),
+        Stage(lambda _: DMD2(generator, streams=streams, **options), STEPS, name="dmd2"),
+    ]
+    return stages, {"batch_size": 16}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_matching(name: str, tmp_path: Path) -> None:
+    watch(*matching(name, tmp_path), tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROCESSES)
+def test_matching_on_a_gpu(name: str, tmp_path: Path) -> None:
+    watch(*matching(name, tmp_path), tmp_path / "run", "cuda")
 
 
 @pytest.mark.parametrize("settings", [{}, {"grad_accum_steps": 2}])

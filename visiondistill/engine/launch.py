@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +63,16 @@ def launch(device: str = "auto") -> World:
         return World(torch.device("cpu"))
     chosen = torch.device("cuda" if device == "auto" else device)
     return World(torch.device("cuda", chosen.index or 0))
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Kernels that give the same bits every time; where CUDA has none, torch warns and names the operation."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Read by cuBLAS when its first product on the device is asked for.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -25,7 +25,7 @@ from visiondistill.engine.assembly import Assembly, Kept
 from visiondistill.engine.checkpoints import Checkpoint, Store
 from visiondistill.engine.compile import FrozenCompiled, compiler_settings
 from visiondistill.engine.errors import NonFinite, SettingsError
-from visiondistill.engine.launch import World, launch
+from visiondistill.engine.launch import World, launch, repeatable
 from visiondistill.engine.memory import memory_advice
 from visiondistill.engine.method import Method
 from visiondistill.engine.proof import Proof, Report
@@ -96,7 +96,8 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: W
     total = sum(stage.steps for stage in stages)
     reports = Reports(run, config, done)
     compiling = compiler_settings() if run.compile else nullcontext()
-    with compiling, Signals() as signals, ExitStack() as stack, memory_advice(run, stages):
+    exactly = repeatable() if run.deterministic else nullcontext()
+    with compiling, exactly, Signals() as signals, ExitStack() as stack, memory_advice(run, stages):
 
         def begin() -> Tracker:
             store.describe(config)
@@ -155,8 +156,8 @@ class _Session:
             handover = method.handover()
         finished = before == sum(stage.steps for stage in self.stages)
         return Result(
-            product=method.product(),
-            ema=assembly.ema.module() if assembly.ema is not None else None,
+            product=method.presented(method.product()),
+            ema=method.presented(assembly.ema.module()) if assembly.ema is not None else None,
             history=self.tracker.history,
             output_dir=self.store.folder,
             step=before,
@@ -236,7 +237,7 @@ class _Session:
         # A copy, so that a watch can leave modes, gradients and weights as it likes; generators are seeded by step.
         product = copy.deepcopy(assembly.method.product()).eval() if assembly.ema is None else assembly.ema.module()
         with torch.no_grad():
-            figures = dict(self.watch(product))
+            figures = dict(self.watch(assembly.method.presented(product)))
         self.tracker.paused(perf_counter() - started)
         return figures
 

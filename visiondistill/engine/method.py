@@ -172,9 +172,18 @@ class Method(nn.Module):
         """The network that the moving average follows and that is exported: by default the first player."""
         return next(iter(self.players.values()))
 
+    def presented(self, network: nn.Module) -> nn.Module:
+        """What a look and the run's result get in place of the product, or of its average: by default itself."""
+        return network
+
     def handover(self) -> Any:
         """What the next stage receives."""
         return self.product()
+
+    @classmethod
+    def workshop(cls) -> Any:
+        """Who checks, measures and exports the product: a `visiondistill.workshop.Workshop`; None for classifiers."""
+        return None
 
     @property
     def device(self) -> torch.device:

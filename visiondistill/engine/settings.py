@@ -83,6 +83,8 @@ class Run:
         ema_warmup: let the decay rise as (1 + n) / (10 + n) to `ema_decay` over n updates.
         compile: one graph per turn, frozen networks on their own.
         compile_backend: of torch.compile.
+        deterministic: kernels that give the same bits every time. The CPU's always do; many of CUDA's add in any
+            order, and a resumed run then equals an uninterrupted one to rounding only. Costs speed there.
         noise_block: rows per generator call (see `Draw`); None takes the largest power of two up
             to 8 that divides the micro-batch.
         log_every: steps between metric lines; also how often the finite guard is read.
@@ -112,6 +114,7 @@ class Run:
     ema_warmup: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
+    deterministic: bool = False
     noise_block: int | None = None
     log_every: int = 50
     evaluate_every: int | None = None
