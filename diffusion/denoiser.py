@@ -75,6 +75,7 @@ class Denoiser(nn.Module):
         choose("prediction_type", prediction_type, KINDS)
         self.network, self.process = network, process
         self.prediction_type, self.batched_guidance = prediction_type, batched_guidance
+        self._taps: dict[str, _Tap] = {}
 
     def forward(
         self,
@@ -108,6 +109,40 @@ class Denoiser(nn.Module):
             value = apply_guidance(branches, [guidance_scale])
         return Prediction(value, self.prediction_type, x_t, t, self.process)
 
+    def features(
+        self, x_t: Tensor, t: Time, condition: Any = None, *, taps: Sequence[str]
+    ) -> tuple[Prediction, list[Tensor]]:
+        """Predict, and return what inner modules gave on the way.
+
+        The first call for a tap leaves a hook on the module, which is idle in all other calls:
+        a hook that came and went with the call could not be compiled.
+
+        Args:
+            x_t, t, condition: as of `forward`; without guidance.
+            taps: paths of modules in the network, or their ends where these are unique ("mid_block").
+
+        Returns:
+            The prediction, and one tensor per tap (of a tuple, the first).
+
+        Raises:
+            ValueError: no such module, or several.
+        """
+        opened = [self._tap(path) for path in taps]
+        for tap in opened:
+            tap.open = True
+        try:
+            prediction = self(x_t, t, condition)
+            return prediction, [tap.seen for tap in opened]
+        finally:
+            for tap in opened:
+                tap.open, tap.seen = False, None
+
+    def _tap(self, path: str) -> _Tap:
+        if path not in self._taps:
+            self._taps[path] = _Tap()
+            _inner(self.network, path).register_forward_hook(self._taps[path])
+        return self._taps[path]
+
     def _branches(self, x_t: Tensor, t: Tensor, null: Any, condition: Any) -> list[Tensor]:
         if not self.batched_guidance:
             return [self.network(x_t, t, null), self.network(x_t, t, condition)]
@@ -116,6 +151,28 @@ class Denoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"process={self.process!r}, prediction_type={self.prediction_type!r}"
+
+
+class _Tap:
+    """A forward hook that keeps a module's output while it is open."""
+
+    def __init__(self) -> None:
+        self.open, self.seen = False, None
+
+    def __call__(self, module: nn.Module, given: Any, output: Any) -> None:
+        if self.open:
+            self.seen = output[0] if isinstance(output, tuple) else output
+
+
+def _inner(network: Network, path: str) -> nn.Module:
+    named = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+    fitting = [name for name in named if name == path or name.endswith(f".{path}")]
+    if path in named or len(fitting) == 1:
+        return named[path if path in named else fitting[0]]
+    if fitting:
+        raise ValueError(f"tap {path!r} is the end of several modules' paths: write out one of {', '.join(fitting)}")
+    outer = [name for name in named if name and name.count(".") <= 1]
+    raise ValueError(f"tap {path!r} is no module of {type(network).__name__}; it has {', '.join(outer) or 'none'}")
 
 
 class EDMPreconditioner(nn.Module):
@@ -127,14 +184,15 @@ class EDMPreconditioner(nn.Module):
     Args:
         network: `network(x, c_noise, condition)`, input and output of unit variance.
         sigma_data: standard deviation of the data.
+        sigma_min: > 0 for consistency models' boundary form, see `edm_scalings`.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0) -> None:
         super().__init__()
-        self.network, self.sigma_data = network, sigma_data
+        self.network, self.sigma_data, self.sigma_min = network, sigma_data, sigma_min
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        c_skip, c_out, c_in, c_noise = edm_scalings(t, self.sigma_data)
+        c_skip, c_out, c_in, c_noise = edm_scalings(t, self.sigma_data, self.sigma_min)
         x = lift(x_t)
         raw = self.network((lead(c_in, x) * x).to(x_t.dtype), c_noise, condition)
         return (lead(c_skip, x) * x + lead(c_out, x) * raw).to(x_t.dtype)

@@ -1,0 +1,280 @@
+"""A pipeline folder of diffusers as a generator: any network with its scheduler, autoencoder and text encoders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion.codecs import Codec, Latents, Pixels
+from diffusion.conditions import ClassLabels, Conditions, TextEncoders
+from diffusion.denoiser import Denoiser, EDMPreconditioner
+from diffusion.generator import Generator, Sampler
+from diffusion.models.networks import DiffusersNetwork, checkpoint_gradients
+from diffusion.models.prompts import ENCODE, encode_prompts, read_prompts
+from diffusion.models.schedulers import Noising, read_scheduler
+from diffusion.process import FlowProcess
+
+INDEX = "model_index.json"
+FACTS = "export.json"
+
+DENOISERS = ("unet", "transformer")
+TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that make no image: they are not loaded."""
+
+WEIGHTS = ("diffusion_pytorch_model", "model")
+
+
+class Pipeline(Generator):
+    """A pipeline folder of diffusers.
+
+    The scheduler's fields give the noise path and the prediction type; weights are read from
+    safetensors alone. What the folder lacks or what is not understood in it is refused before
+    anything is loaded.
+
+    Args:
+        folder: with model_index.json.
+        num_classes: of a class-conditional network, where its label table holds a null label besides;
+            default: the whole table of a UNet2DModel, which then cannot be guided.
+        prompts: file for a text-conditional pipeline, one prompt a line.
+        cache: safetensors file that keeps the prompts' embeddings; see `encode_prompts`.
+        steps: it samples with; default the number that an export of ours names, else 4 for a folder
+            that samples in a few steps, else 50.
+        sampler: default "student" for a folder that samples in a few steps.
+        guidance_scale: of sampling; 1 is off.
+        gradient_checkpointing: recompute activations in backward passes.
+
+    Attributes:
+        notes: what the folder's own pipeline does besides, for a preflight.
+
+    Raises:
+        ValueError: a file that is missing, damaged or a pickle; a pipeline, scheduler or part that is not
+            known; labels or prompts that do not fit the network.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        num_classes: int | None = None,
+        prompts: str | None = None,
+        cache: str | None = None,
+        steps: int | None = None,
+        sampler: Sampler = "auto",
+        guidance_scale: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        place = Path(folder)
+        index, facts = read_index(place), _facts(place)
+        parts = _parts(place, index)
+        _check_prompts(place, parts, prompts)
+        noising = read_scheduler(place / "scheduler")
+        for name in parts:
+            if not name.startswith("tokenizer"):
+                check_weights(place / name)
+        models = {name: load_model(place / name, index[name]) for name in parts if not name.startswith("tokenizer")}
+        network = models["unet" if "unet" in models else "transformer"]
+        _check_network(network, place)
+        codec: Codec = Latents(models["vae"]) if "vae" in models else Pixels()
+        told = num_classes if num_classes is not None else facts.get("num_classes")
+        conditions = _conditions(place, index, network, models, told, prompts, cache)
+        if guidance_scale != 1 and isinstance(conditions, ClassLabels) and not conditions.null:
+            raise ValueError(
+                f"{place}: guidance_scale={guidance_scale} needs a null label, and all {conditions.num_classes} rows "
+                f"of its table are taken for classes: say num_classes={conditions.num_classes - 1} if the last is null"
+            )
+        few = noising.few_steps
+        denoiser = _denoiser(network, noising, facts)
+        super().__init__(
+            checkpoint_gradients(denoiser) if gradient_checkpointing else denoiser,
+            _shape(network),
+            codec=codec,
+            conditions=conditions,
+            steps=steps or facts.get("steps") or (4 if few else 50),
+            sampler="student" if few and sampler == "auto" else sampler,
+            guidance_scale=guidance_scale,
+        )
+        self.folder, self.notes = str(folder), noising.notes
+
+
+def open_generator(folder: str | Path, **options: Any) -> Generator:
+    """A pipeline folder of diffusers as a generator; options as of `Pipeline`."""
+    return Pipeline(str(folder), **options)
+
+
+def check_weights(folder: Path) -> None:
+    """See that a part's config and safetensors are there, all shards of them.
+
+    Raises:
+        ValueError: they are not; the message names the file and the cure.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} is missing: the folder is partly filled, fetch it again")
+    for stem in WEIGHTS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return
+        shards = folder / f"{stem}.safetensors.index.json"
+        if shards.is_file():
+            named = sorted(set(json.loads(shards.read_text("utf-8"))["weight_map"].values()))
+            if missing := [name for name in named if not (folder / name).is_file()]:
+                raise ValueError(
+                    f"{folder / missing[0]} is missing ({len(named) - len(missing)} of {len(named)} shards are there): "
+                    f"the folder is partly filled, fetch it again"
+                )
+            return
+    pickles = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pth", ".pt")]
+    if pickles:
+        raise ValueError(
+            f"{folder / pickles[0]} is a pickle, which is not opened: convert it to {WEIGHTS[0]}.safetensors"
+        )
+    other = [file.name for file in folder.glob("*.safetensors")]
+    hint = f"; {other[0]} is another variant: rename it" if other else ": the folder is partly filled, fetch it again"
+    raise ValueError(f"{folder} holds no {WEIGHTS[0]}.safetensors{hint}")
+
+
+def load_model(folder: Path, source: list[str]) -> nn.Module:
+    """One part of a pipeline, in float32 and eval mode, every one of its tensors from the files.
+
+    Raises:
+        ValueError: an unknown class, or files that lack tensors, have others, or cannot be read.
+    """
+    from importlib import import_module
+
+    library, name = source
+    if library not in ("diffusers", "transformers") or not hasattr(module := import_module(library), name):
+        raise ValueError(f"{folder}: {library}.{name} is not known; parts are classes of diffusers and transformers")
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    precision = "dtype" if library == "transformers" else "torch_dtype"
+    try:
+        model, info = getattr(module, name).from_pretrained(folder, **{precision: torch.float32}, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    if library == "transformers":
+        wrong.pop("unexpected")  # older files hold buffers that are computed now
+    for kind, keys in wrong.items():
+        if keys:
+            raise ValueError(
+                f"{folder}: {len(keys)} {kind} tensors, such as {keys[0]}: its files do not fit its config"
+            )
+    return model.eval()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    file = folder / INDEX
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: name the folder of a whole diffusers pipeline")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What an export of ours says of itself; nothing for other folders."""
+    file = folder / FACTS
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _parts(folder: Path, index: dict[str, Any]) -> list[str]:
+    """Names of the parts that are loaded, each with a folder."""
+    there = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    allowed = (*DENOISERS, *TEXT, *LEFT_OUT, "vae", "scheduler")
+    if unknown := sorted(set(there) - set(allowed)):
+        raise ValueError(f"{folder / INDEX}: the part {unknown[0]!r} of {index.get('_class_name')} is not supported")
+    if "scheduler" not in there or len(set(there) & set(DENOISERS)) != 1:
+        raise ValueError(f"{folder / INDEX} must name a scheduler and one of {', '.join(DENOISERS)}, it names {there}")
+    parts = [name for name in there if name not in (*LEFT_OUT, "scheduler")]
+    for name in parts:
+        if not (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is missing: the folder is partly filled, fetch it again")
+    if "text_encoder" in parts and index["_class_name"] not in ENCODE:
+        raise ValueError(
+            f"{folder / INDEX}: prompts of {index['_class_name']} are not supported; of {', '.join(ENCODE)}"
+        )
+    return parts
+
+
+def _check_prompts(folder: Path, parts: list[str], prompts: str | None) -> None:
+    if "text_encoder" in parts and prompts is None:
+        raise ValueError(f"{folder} is conditioned on text: give `prompts`, a file with one prompt a line")
+    if "text_encoder" not in parts and prompts is not None:
+        raise ValueError(f"prompts={prompts}: {folder} has no text encoder")
+    if prompts is not None:
+        read_prompts(prompts)
+
+
+def _check_network(network: nn.Module, folder: Path) -> None:
+    projection = getattr(getattr(network, "time_embedding", None), "cond_proj", None)
+    if projection is not None and projection.weight.abs().max() > 0:
+        raise ValueError(
+            f"{folder}: the network takes its guidance scale as an input (time_cond_proj_dim), which is not supported"
+        )
+    if getattr(network.config, "guidance_embeds", False):
+        raise ValueError(f"{folder}: the network takes its guidance scale as an input (guidance_embeds)")
+
+
+def _denoiser(network: nn.Module, noising: Noising, facts: dict[str, Any]) -> Denoiser:
+    if "shift" in facts:  # in grids of ours the shift is part of what stands in the scheduler
+        noising = replace(noising, process=FlowProcess(facts["shift"]))
+    adapted: nn.Module = DiffusersNetwork(network, noising.time_scale)
+    if noising.sigma_data is not None:
+        adapted = EDMPreconditioner(adapted, noising.sigma_data, facts.get("sigma_min", noising.process.min_t))
+    return Denoiser(adapted, noising.process, noising.prediction_type)
+
+
+def _shape(network: nn.Module) -> tuple[int, ...]:
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return (network.config.in_channels, height, width)
+
+
+def _conditions(
+    folder: Path,
+    index: dict[str, Any],
+    network: nn.Module,
+    models: dict[str, nn.Module],
+    num_classes: int | None,
+    prompts: str | None,
+    cache: str | None,
+) -> Conditions | None:
+    if prompts is not None:
+        texts = tuple(name for name in TEXT if isinstance(index.get(name), list) and index[name][0] is not None)
+        encoders = TextEncoders(str(folder), index["_class_name"], texts)
+        return encode_prompts(assemble(folder, models), encoders, prompts, cache)
+    table, null = _label_table(network)
+    if table is None:
+        if num_classes is not None:
+            raise ValueError(f"num_classes={num_classes}: the network in {folder} takes no class labels")
+        return None
+    classes = num_classes if num_classes is not None else table - null
+    if not table - 1 <= classes <= table:
+        raise ValueError(
+            f"num_classes={classes} is not allowed: {folder} has a table of {table} labels, so {table - 1} (and a null "
+            f"label) or {table}"
+        )
+    return ClassLabels(classes, null=classes < table)
+
+
+def _label_table(network: nn.Module) -> tuple[int | None, int]:
+    """Rows of the network's table of labels, and how many of these are known to be null labels."""
+    if (rows := getattr(network.config, "num_class_embeds", None)) is not None:
+        return rows, 0
+    tables = [part.embedding_table for part in network.modules() if hasattr(part, "embedding_table")]
+    return (tables[0].num_embeddings, 1) if tables else (None, 0)
+
+
+def assemble(folder: Path, models: dict[str, Any]) -> Any:
+    """The folder's pipeline around models that are loaded, its other parts from the folder."""
+    import diffusers
+
+    index = read_index(folder)
+    empty = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    absent = empty | {name: None for name in LEFT_OUT if name in index}
+    return diffusers.DiffusionPipeline.from_pretrained(
+        folder, **absent | models, use_safetensors=True, local_files_only=True
+    )

@@ -1,0 +1,317 @@
+"""One adapter for all of diffusers' networks, another for anyone's own; new networks; LoRA students; half precision."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.conditions import ClassLabels
+from diffusion.denoiser import Denoiser
+from diffusion.models import Custom, DiffusersNetwork, DiT, UNet2D, checkpoint_gradients, frozen_copy, lora, vp
+from diffusion.models.lora import lora_state, merged
+from diffusion.process import EDMProcess, FlowProcess, VPProcess
+from visiondistill import schema
+
+SMALL = {"block_out_channels": (16, 16)}
+
+
+def unet(**kw) -> UNet2D:
+    torch.manual_seed(0)
+    return UNet2D(8, 1, **SMALL | kw)
+
+
+# --- the adapter
+
+
+def test_class_labels_and_time_reach_the_model_as_diffusers_has_them():
+    generator = unet(num_classes=3)
+    model, x, labels = generator.denoiser.network.model, torch.randn(2, 1, 8, 8), torch.tensor([0, 3])
+    with torch.no_grad():
+        assert torch.equal(generator.denoiser(x, 7, labels).value, model(x, 7, class_labels=labels).sample)
+        assert not torch.equal(model(x, 7, class_labels=labels).sample, model(x, 8, class_labels=labels).sample)
+    assert model.config.num_class_embeds == 4
+
+
+def test_models_of_continuous_time_have_it_in_thousandths():
+    flow, edm = unet(process=FlowProcess()), unet(process=EDMProcess())
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        model = flow.denoiser.network.model
+        torch.testing.assert_close(flow.denoiser(x, 0.25).value, model(x, 250.0).sample)
+        inner, time = edm.denoiser.network.network, torch.tensor(math.log(3) / 4)
+        torch.testing.assert_close(inner(x, time.expand(2)), inner.model(x, 1000 * time).sample)
+
+
+def test_an_edm_network_is_preconditioned_in_the_boundary_form():
+    edm = unet(process=EDMProcess(sigma_min=0.01))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(edm.denoiser(x, 0.01).x0, x)
+        assert (edm.denoiser(x, 1.0).x0 - x).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"prediction_type='eps'.*x0"):
+        unet(process=EDMProcess(), prediction_type="eps")
+
+
+class Learned(nn.Module):
+    """Predicts, and says a variance besides, for images or for videos with their channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict):
+        self.seen = sample.shape, timestep, encoder_hidden_states.dtype
+        return (torch.cat([sample * self.weight, torch.full_like(sample, 7.0)], 1),)
+
+
+def test_of_a_model_that_learns_its_variance_the_prediction_alone_is_returned():
+    model, x = Learned(), torch.randn(2, 3, 4, 4)
+    network = DiffusersNetwork(model)
+    assert torch.equal(network(x, torch.tensor([1, 2]), {"encoder_hidden_states": torch.zeros(2, 5)}), x)
+
+
+def test_videos_go_in_with_their_channels_first_and_times_by_frame():
+    model, x = Learned(), torch.randn(2, 5, 3, 4, 4)
+    times = torch.rand(2, 5)
+    assert torch.equal(DiffusersNetwork(model, 1000)(x, times, {"encoder_hidden_states": torch.zeros(2, 5)}), x)
+    assert model.seen[0] == (2, 3, 5, 4, 4)
+    assert torch.equal(model.seen[1], times * 1000)
+    DiffusersNetwork(model, frame_axis=1).model.forward = lambda sample, **_: (sample,)
+    assert torch.equal(DiffusersNetwork(model, frame_axis=1)(x, times, {}), x)
+
+
+def test_sana_and_wan_are_called_as_the_others():
+    from diffusers import SanaTransformer2DModel, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    sana = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+    )
+    words, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    x, condition = torch.randn(2, 4, 8, 8), {"encoder_hidden_states": words, "encoder_attention_mask": mask}
+    with torch.no_grad():
+        theirs = sana(x, words, torch.tensor([300.0, 300.0]), encoder_attention_mask=mask).sample
+        ours = Denoiser(DiffusersNetwork(sana, 1000), FlowProcess(), "velocity")(x, 0.3, condition).velocity
+        torch.testing.assert_close(ours, theirs)
+        wan = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_max_seq_len=16,
+        )
+        video = torch.randn(2, 3, 4, 8, 8)
+        theirs = wan(video.transpose(1, 2), torch.tensor([300.0, 300.0]), words).sample.transpose(1, 2)
+        network = DiffusersNetwork(wan, 1000)
+        torch.testing.assert_close(network(video, torch.full((2,), 0.3), {"encoder_hidden_states": words}), theirs)
+
+
+def test_a_bf16_copy_keeps_the_callers_precision_and_leaves_the_original():
+    generator = unet(num_classes=3)
+    teacher = frozen_copy(generator)
+    half = teacher.denoiser
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    with torch.no_grad():
+        ours, theirs = half(x, 5, labels).value, generator.denoiser(x, 5, labels).value
+    assert ours.dtype == torch.float32
+    assert 0 < (ours - theirs).abs().max() < 0.05
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in half.parameters())
+    assert {p.dtype for p in generator.parameters()} == {torch.float32}
+    assert (teacher.conditions, teacher.codec) == (generator.conditions, generator.codec)
+    DiffusersNetwork(model := Learned().bfloat16())(x, torch.zeros(2), {"encoder_hidden_states": torch.zeros(2, 5)})
+    assert model.seen[2] == torch.bfloat16
+
+
+def test_dit_drops_no_labels_of_its_own_while_it_trains():
+    torch.manual_seed(0)
+    denoiser = DiT(8, 1, 3, num_layers=1).denoiser.train()
+    nn.init.normal_(denoiser.network.model.proj_out_2.weight)
+    x, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 3
+    assert torch.equal(denoiser(x, 5, labels).value, denoiser(x, 5, labels).value)
+
+
+def test_gradients_are_the_same_with_checkpointing():
+    plain, saving = unet(), unet(gradient_checkpointing=True)
+    x = torch.randn(2, 1, 8, 8)
+    for each in (plain, saving):
+        each.denoiser(x, 5).value.square().mean().backward()
+    assert saving.denoiser.network.model.down_blocks[0].gradient_checkpointing
+    for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    with pytest.raises(ValueError, match="Learned has no gradient checkpointing"):
+        checkpoint_gradients(Denoiser(DiffusersNetwork(Learned()), FlowProcess()))
+
+
+# --- new generators
+
+
+@pytest.mark.parametrize("process", [vp(), EDMProcess(), FlowProcess()])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_new_generators_make_images_on_every_path(process, classes):
+    images, labels = next(unet(process=process, num_classes=classes, steps=2).images(3))
+    assert images.shape == (3, 1, 8, 8)
+    assert (labels is None) == (classes is None)
+
+
+def test_sizes_and_widths_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="size=6 is not allowed: 3 widths halve it 2 times"):
+        UNet2D(6, 1, block_out_channels=(16, 16, 16))
+    with pytest.raises(ValueError, match="size=4 is not allowed"):  # the last map would have one pixel
+        UNet2D(4, 1, block_out_channels=(16, 16, 16))
+    with pytest.raises(ValueError, match="norm_num_groups=8 is not allowed: it must divide"):
+        UNet2D(8, 1, block_out_channels=(12, 16))
+    with pytest.raises(ValueError, match="patch_size=3 is not allowed"):
+        DiT(8, 1, 3, patch_size=3)
+
+
+def test_a_recipe_names_them_with_their_process():
+    node = {
+        "class_path": "diffusion.models.UNet2D",
+        "init_args": {
+            "size": 8,
+            "channels": 1,
+            "block_out_channels": [16, 16],
+            "process": {"class_path": "diffusion.models.vp", "init_args": {"schedule": "squaredcos_cap_v2"}},
+        },
+    }
+    schema.check(node, nn.Module, "teacher")
+    built = schema.build(node, nn.Module, "teacher")
+    assert repr(built.process) == repr(VPProcess.from_betas("squaredcos_cap_v2"))
+    node["init_args"]["process"]["init_args"]["schedul"] = "linear"
+    with pytest.raises(schema.RecipeError, match=r"teacher\.process\.schedul: vp takes no such key"):
+        schema.check(node, nn.Module, "teacher")
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, labels=None):
+        self.seen = t, labels
+        return x * self.scale
+
+
+def test_anyones_network_gets_its_own_time_range_and_weights(tmp_path):
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "own.pth")
+    network = Own()
+    generator = Custom(network, (1, 4, 4), vp(), "eps", 0.001, -0.5, 0.5, 3, str(tmp_path / "own.pth"), steps=2)
+    x = torch.randn(2, 1, 4, 4)
+    assert torch.equal(generator.denoiser(x, 250, torch.tensor([0, 3])).value, x * 2)
+    torch.testing.assert_close(network.seen[0], torch.tensor([0.25, 0.25]))
+    assert network.seen[1].tolist() == [0, 3]
+    assert generator.codec.encode(torch.tensor([0.0, 1.0])).tolist() == [-0.5, 0.5]
+    assert isinstance(generator.conditions, ClassLabels)
+    torch.save({"other": torch.tensor(2.0)}, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"own.pth do not fit Own"):
+        Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
+    torch.save(Own(), tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"own.pth cannot be read as tensors alone"):
+        Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
+
+
+class Talberg(nn.Module):
+    """The published MNIST model's own class: `gt` is its network, beside its tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gt = nn.Module()
+        self.gt.register_buffer("frequencies", torch.zeros(16))
+        widths = (1, 16, 32, 32, 16)
+        blocks = []
+        for inner, outer in pairwise(widths):
+            block = nn.Module()
+            block.net = nn.Sequential(nn.Conv2d(inner, outer, 7, padding=3), nn.LayerNorm((outer, 28, 28)), nn.GELU())
+            blocks.append(block)
+        self.gt.blocks = nn.ModuleList([*blocks, nn.Conv2d(16, 1, 3, padding=1)])
+        layers = [nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
+        self.gt.time_embed = nn.Sequential(*layers, nn.Linear(128, 16))
+        self.register_buffer("beta_t", torch.zeros(1001))
+        self.register_buffer("alpha_t", torch.zeros(1001))
+
+    def forward(self, x, t):
+        angle = t[:, None] * self.gt.frequencies
+        code = self.gt.time_embed(torch.cat([angle.sin(), angle.cos() - 1], 1))[:, :, None, None]
+        x = self.gt.blocks[0].net(x) + code
+        for block in self.gt.blocks[1:-1]:
+            x = block.net(x)
+        return self.gt.blocks[-1](x)
+
+
+def test_a_published_model_of_another_class_denoises_as_its_author_says(shared_dir):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from io import BytesIO
+
+    import numpy as np
+    from PIL import Image
+
+    weights = shared_dir / "data/weights/mnist_ddpm/ddpm_mnist.pth"
+    table = parquet.read_table(next((shared_dir / "data/mnist").glob("test*.parquet"))).slice(0, 32).to_pylist()
+    pixels = np.stack([np.asarray(Image.open(BytesIO(row["image"]["bytes"]))) for row in table])
+    process = vp("linear", 1e-4, 0.02, 1001)
+    teacher = Custom(Talberg(), (1, 28, 28), process, "eps", 0.001, -0.5, 0.5, weights=str(weights))
+    torch.testing.assert_close(
+        teacher.denoiser.network.model.alpha_t.double(), process.alphas_cumprod, rtol=1e-4, atol=0
+    )
+    x0 = teacher.codec.encode(torch.from_numpy(pixels)[:, None] / 255)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    # Mean squared errors of the noise that stand beside the file.
+    for t, published in {50: 0.061, 200: 0.029, 500: 0.0054, 900: 0.0008}.items():
+        with torch.no_grad():
+            error = (teacher.denoiser(process.add_noise(x0, noise, t), t).eps - noise).square().mean().item()
+        assert error == pytest.approx(published, rel=0.1)
+
+
+# --- LoRA
+
+
+def test_a_lora_student_shares_its_teachers_weights_and_starts_as_its_function():
+    teacher = unet(num_classes=3)
+    student = lora(teacher, rank=2, alpha=8, steps=4)
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(student.denoiser(x, 5, labels).value, teacher.denoiser(x, 5, labels).value)
+    frozen = {id(p) for p in student.denoiser.parameters() if not p.requires_grad}
+    assert frozen == {id(p) for p in teacher.denoiser.parameters()}
+    trained = [name for name, p in student.denoiser.named_parameters() if p.requires_grad]
+    assert len(trained) == 8
+    assert all("lora_" in name for name in trained)
+    assert (student.steps, student.sampler) == (4, "student")
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora(student)
+    with pytest.raises(ValueError, match=r"target_modules=\['nowhere'\]"):
+        lora(unet(), target_modules=["nowhere"])
+
+
+def test_merged_adapters_are_the_same_function_and_leave_the_shared_weights():
+    teacher = unet()
+    student = lora(teacher, rank=2, alpha=8)
+    before = teacher.denoiser.network.model.mid_block.attentions[0].to_q.weight.clone()
+    for name, p in student.denoiser.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.2)
+    whole, x = merged(student.denoiser), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x, 5).value, student.denoiser(x, 5).value)
+        assert (student.denoiser(x, 5).value - teacher.denoiser(x, 5).value).abs().max() > 1e-3
+    assert whole.state_dict().keys() == teacher.denoiser.state_dict().keys()
+    assert torch.equal(teacher.denoiser.network.model.mid_block.attentions[0].to_q.weight, before)
+    assert len(lora_state(student.denoiser)) == 8
