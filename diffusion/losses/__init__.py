@@ -4,6 +4,7 @@ from diffusion.losses.adversarial import gan_discriminator_loss, gan_generator_l
 from diffusion.losses.denoising import denoising_loss, edm_loss_weight
 from diffusion.losses.distribution_matching import dmd_loss, sid_loss
 from diffusion.losses.divergence import density_ratio, fdistill_weight, update_bin_means
+from diffusion.losses.regression import regression_loss
 
 __all__ = [
     "denoising_loss",
@@ -14,6 +15,7 @@ __all__ = [
     "gan_discriminator_loss",
     "gan_generator_loss",
     "gradient_penalty",
+    "regression_loss",
     "sid_loss",
     "update_bin_means",
 ]

@@ -1,1 +1,7 @@
-"""Distillation methods on `visiondistill.engine`, one published method per file."""
+"""Training methods of diffusion distillation, each on the engine of `visiondistill`."""
+
+from diffusion.methods.base import GeneratorMethod
+from diffusion.methods.denoising import Denoising
+from diffusion.methods.dmd2 import DMD2, Regression
+
+__all__ = ["DMD2", "Denoising", "GeneratorMethod", "Regression"]

@@ -1,104 +1,195 @@
-"""DMD2: a one- or few-step student whose samples match the teacher's distribution.
+"""Distribution matching: DMD2, and by its settings DMD and Diff-Instruct.
 
-Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis"
-(arXiv 2405.14867), without the adversarial term.
+DMD2: Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis"
+(arXiv 2405.14867). DMD (Yin et al. 2023, arXiv 2311.18828): `regression`, student_every=1, no `gan`.
+Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): normalize=False, student_every=1.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.conditions import Conditions
+from diffusion.critics import GAN, discriminator_of
 from diffusion.denoiser import Denoiser
-from diffusion.losses import denoising_loss, dmd_loss, edm_loss_weight
+from diffusion.generator import Generator
+from diffusion.losses import (
+    dmd_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    regression_loss,
+)
+from diffusion.losses.denoising import TARGETS
+from diffusion.losses.regression import KINDS
+from diffusion.methods.base import (
+    GeneratorMethod,
+    condition_of,
+    denoising_error,
+    has_null,
+    only,
+    own_space,
+    require_same_path,
+    trainable_copy,
+)
+from diffusion.pairs import Pairs
 from diffusion.process import TimeLaw
 from diffusion.samplers import simulate_student_input
-from diffusion.tensors import choose, expand_time
-from visiondistill.engine.method import Batch, Carry, Method, Terms, Turn
+from diffusion.tensors import choose, expand_time, lead
+from visiondistill.engine.method import Batch, Carry, Stream, Terms, Turn
 from visiondistill.engine.rng import Draw, key
 
 SCORE_RANGE = (0.02, 0.98)
 """The paper's T_min and T_max, as shares of the way from clean to noise."""
+R1_STEP = 0.1
+"""Of the finite difference, in units of the noise level: small enough to stay on it."""
 
 
-class DMD2(Method):
+@dataclass(frozen=True)
+class Regression:
+    """DMD's pull towards what the teacher makes of the same noise.
+
+    Args:
+        pairs: folder of the store that `diffusion.pairs.store_pairs` made with this teacher.
+        batch_size: pairs per step.
+        weight: relative to the mean-reduced distribution-matching loss; the paper's 0.25 belongs to LPIPS.
+        kind: distance.
+
+    Raises:
+        ValueError: a negative weight or unknown kind.
+    """
+
+    pairs: str
+    batch_size: int
+    weight: float = 5.0
+    kind: Literal["l2", "pseudo_huber"] = "l2"
+
+    def __post_init__(self) -> None:
+        choose("kind", self.kind, KINDS)
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} is not allowed: 0 or more")
+
+
+@dataclass(frozen=True)
+class Otherwise(Turn):
+    """A turn that plays at all steps but the last of every `cycle`."""
+
+    cycle: int = 2
+
+    def due(self, step: int) -> bool:
+        return step % self.cycle != self.cycle - 1
+
+    def count(self, step: int) -> int:
+        return step - step // self.cycle
+
+
+class DMD2(GeneratorMethod):
     """Students move by the difference of two scores; a critic learns the score of their samples.
 
     Turns: "student" every `student_every` steps, then "critic" in every step, on the same
-    generated images, made before the student moved. No data are needed.
+    generated images, made before the student moved. Data are read for the adversarial term alone.
 
     Args:
-        teacher: the frozen denoiser ("real score").
-        shape: of one sample, without the batch.
-        student: default a copy of the teacher. Runs on the teacher's process, may be of any
-            prediction type.
-        fake_score: the critic, a denoiser of the student's samples; default a copy of the teacher.
+        teacher: the frozen generator ("real score").
+        student: default a copy of the teacher's denoiser. Runs on the teacher's process, may be of
+            any prediction type.
+        fake_score: the critic, a denoiser of the student's samples on the same process; default a
+            copy of the teacher's.
+        streams: with images (and labels, for conditions) or their codes under "train", for `gan`.
         student_every: critic updates per student update, the paper's ratio (5; 10 for SD 1.5).
+        alternate: of `student_every` steps the last is the student's alone and the others are the
+            critic's, instead of a critic that plays in every step.
         student_steps: steps that the student takes; above 1 it trains on inputs that it made
             itself (backward simulation) at the times `teacher.process.student_times(student_steps)`.
-        guidance_scale: s of the real score's guidance; 1 is off. The fake score is never guided.
-        conditions: `(batch, draw) -> (condition, null condition)`, such as `ClassLabels`; None: the
-            networks take no condition.
+        guidance_scale: of the real score; 1 is off, default what the teacher samples with. The fake
+            score is never guided.
         score_times: law of the noise levels at which the scores are compared; default the
             process's own law on 2 % to 98 % of its way.
         critic_times: law of the critic's noise levels; default the process's own law, all of it.
-        critic_space: what the critic's squared error is taken of.
-        sigma_data: of EDM's weight on the critic's error; None: unweighted (as for SD and SDXL,
-            with critic_space "eps").
+        frame_block: of videos: frames that share a noise level; default all.
+        critic_space: what the critic's squared error is taken of; default what it predicts.
+        sigma_data: of EDM's weight, for errors of "x0"; None: unweighted, as errors in other spaces are.
         normalize: divide each sample's field by its distance from the teacher's prediction.
+        gan: the adversarial term, DMD2's on real images.
+        regression: DMD's term on stored pairs.
 
     Raises:
-        ValueError: student_every < 1, student_steps < 1, guidance without conditions, EDM's weight
-            on anything but "x0".
+        ValueError: student_every < 1 (2 to alternate), student_steps < 1, guidance without
+            null conditions, a student or critic on another path or of another shape, pairs of
+            another teacher, or `gan` without data.
     """
 
     def __init__(
         self,
-        teacher: Denoiser,
-        shape: Sequence[int],
+        teacher: Generator,
         *,
-        student: Denoiser | None = None,
-        fake_score: Denoiser | None = None,
+        student: Generator | None = None,
+        fake_score: Generator | Denoiser | None = None,
+        streams: Mapping[str, Stream] | None = None,
         student_every: int = 5,
+        alternate: bool = False,
         student_steps: int = 1,
-        guidance_scale: float = 1.0,
-        conditions: Conditions | None = None,
+        guidance_scale: float | None = None,
         score_times: TimeLaw | None = None,
         critic_times: TimeLaw | None = None,
-        critic_space: str = "x0",
+        frame_block: int | None = None,
+        critic_space: Literal["x0", "eps", "v", "velocity"] | None = None,
         sigma_data: float | None = 0.5,
         normalize: bool = True,
+        gan: GAN | None = None,
+        regression: Regression | None = None,
     ) -> None:
-        choose("critic_space", critic_space, ("x0", "eps", "v", "velocity"))
-        if sigma_data is not None and critic_space != "x0":
-            raise ValueError(f"sigma_data={sigma_data} weights the error of x0: set it to None for {critic_space!r}")
-        if guidance_scale != 1 and conditions is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs conditions; 1 switches guidance off")
-        super().__init__(
-            players={
-                "student": student or trainable_copy(teacher),
-                "fake_score": fake_score or trainable_copy(teacher),
-            },
-            frozen={"teacher": teacher},
-        )
-        process = teacher.process
-        self.process, self.shape, self.student_every = process, tuple(shape), student_every
-        self.guidance_scale, self.conditions = guidance_scale, conditions
-        self.critic_space, self.sigma_data, self.normalize = critic_space, sigma_data, normalize
-        self.times = process.student_times(student_steps).tolist()
-        self.score_times = score_times or process.time_law(*SCORE_RANGE)
-        self.critic_times = critic_times or process.time_law()
+        choose("critic_space", critic_space, (None, *TARGETS))
+        guidance_scale = teacher.guidance_scale if guidance_scale is None else guidance_scale
+        if guidance_scale != 1 and not has_null(teacher.conditions):
+            raise ValueError(f"guidance_scale={guidance_scale} needs a teacher with null conditions; 1 switches it off")
+        if student_every < 1 + alternate:
+            raise ValueError(f"student_every={student_every} is not allowed: at least {1 + alternate}")
+        players = {
+            role: _player(role, own, teacher) for role, own in (("student", student), ("fake_score", fake_score))
+        }
+        super().__init__(teacher, players, frozen={"teacher": teacher}, frame_block=frame_block)
+        self.student_every, self.alternate, self.student_steps = student_every, alternate, student_steps
+        self.guidance_scale, self.normalize = guidance_scale, normalize
+        self.critic_space, self.sigma_data = critic_space or own_space(self.players["fake_score"]), sigma_data
+        self.times = self.process.student_times(student_steps).tolist()
+        self.score_times = score_times or self.process.time_law(*SCORE_RANGE)
+        self.critic_times = critic_times or self.process.time_law()
+        self.gan, self._pairs = gan, None
+        if gan is not None:
+            self.streams |= only(streams, "train", why="the adversarial term")
+            self.gan_times = gan.times or self.process.time_law()
+            self.players["discriminator"] = self._discriminator()
+        if regression is not None:
+            # Not the folder: it may move, and what it holds is compared by value.
+            self.regression_weight, self.regression_kind = regression.weight, regression.kind
+            self._pairs = Pairs(regression.pairs, teacher)
+            self.streams["pairs"] = self._pairs.stream(regression.batch_size)
+
+    @property
+    def teacher(self) -> Generator:
+        return self.frozen["teacher"]
+
+    def generator(self, network: Denoiser | None = None) -> Generator:
+        return self.teacher.student(network or self.product(), self.student_steps)
 
     def turns(self) -> tuple[Turn, ...]:
+        moves = ("fake_score",) if self.gan is None else ("fake_score", "discriminator")
+        if self.alternate:
+            last = self.student_every - 1
+            return (
+                Turn("student", self.student_loss, moves=("student",), every=self.student_every, offset=last),
+                Otherwise("critic", self.critic_loss, moves=moves, cycle=self.student_every),
+            )
         return (
             Turn("student", self.student_loss, moves=("student",), every=self.student_every),
-            Turn("critic", self.critic_loss, moves=("fake_score",)),
+            Turn("critic", self.critic_loss, moves=moves),
         )
+
+    # --- what the losses read
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         condition, null_condition = self.conditions(batch, draw) if self.conditions else (None, None)
@@ -111,6 +202,10 @@ class DMD2(Method):
             "score": self._noise("score", self.score_times, draw),
             "critic": self._noise("critic", self.critic_times, draw),
         }
+        if self.gan is not None:
+            batch |= self._judged(batch["train"], draw, due)
+        if self._pairs is not None:
+            batch["pair"] = self._pair(batch["pairs"], draw)
         # Where the student plays, its turn carries its images on under this same name.
         return batch if "student" in due else batch | {"images": self.generate(x_t, t, condition)}
 
@@ -118,32 +213,29 @@ class DMD2(Method):
         """The student's clean samples from its input."""
         return self.players["student"](x_t, t, condition).x0
 
-    def student_loss(self, batch: Batch) -> tuple[Terms, Carry]:
-        images = self.generate(**batch["input"], condition=batch["condition"])
-        x_t = self.process.add_noise(images, **batch["score"])
-        with torch.no_grad():
-            t, condition = batch["score"]["t"], batch["condition"]
-            real = self.frozen["teacher"](
-                x_t, t, condition, guidance_scale=self.guidance_scale, null_condition=batch["null_condition"]
-            ).x0
-            fake = self.players["fake_score"](x_t, t, condition).x0
-        return {"dmd": dmd_loss(images, real, fake, normalize=self.normalize)}, {"images": images}
+    def _judged(self, data: Batch, draw: Draw, due: frozenset[str]) -> Batch:
+        """Noise for the images, and real samples with their own conditions where a turn compares with them."""
+        judged: Batch = {
+            "judged_by_student": self._noise("gan/student", self.gan_times, draw),
+            "judged_by_critic": self._noise("gan/critic", self.gan_times, draw),
+        }
+        if "critic" not in due and self.gan.kind != "relativistic":
+            return judged
+        draw = draw.of("train")
+        x0, noise = self._codes(self.teacher.codec, data, draw), self._noise("gan/real", self.gan_times, draw)
+        real = {"x_t": self.process.add_noise(x0, **noise), "t": noise["t"]}
+        judged["judged_real"] = real | {"condition": condition_of(self.conditions, data)[0]}
+        if self.gan.r1:
+            beside = draw.normal("gan/r1", *self.shape)
+            step = lead(R1_STEP * self.process.sigma(noise["t"]), beside).to(beside.dtype) * beside
+            judged["judged_beside"] = judged["judged_real"] | {"x_t": real["x_t"] + step}
+        return judged
 
-    def critic_loss(self, batch: Batch) -> tuple[Terms, Carry]:
-        sample = self.process.noised(batch["images"], **batch["critic"])
-        prediction = self.players["fake_score"](sample.x_t, sample.t, batch["condition"])
-        loss = denoising_loss(
-            prediction.of(self.critic_space), sample.of(self.critic_space), weight=self._critic_weight(sample.t)
-        )
-        return {"denoising": loss}, {}
-
-    def _critic_weight(self, t: Tensor) -> Tensor | None:
-        if self.sigma_data is None:
-            return None
-        return edm_loss_weight(self.process.sigma(t) / self.process.alpha(t), self.sigma_data)
-
-    def _noise(self, tag: str, law: TimeLaw, draw: Draw) -> dict[str, Tensor]:
-        return {"noise": draw.normal(f"{tag}/noise", *self.shape), "t": law(draw.uniform(f"{tag}/time"))}
+    def _pair(self, pairs: Batch, draw: Draw) -> Batch:
+        noise = pairs["noise"].to(draw.dtype)
+        t = expand_time(self.times[0], noise)
+        x_t, condition = self.process.start(noise, t), self._pairs.condition(pairs)
+        return {"input": {"x_t": x_t, "t": t, "condition": condition}, "code": pairs["code"].to(draw.dtype)}
 
     def _student_input(self, draw: Draw, condition: Any) -> tuple[Tensor, Tensor]:
         noise, steps = draw.normal("input/noise", *self.shape), len(self.times) - 1
@@ -162,7 +254,67 @@ class DMD2(Method):
             student, noise, self.times, exit_step, self.process, start_noise=start, noises=between
         )
 
+    # --- the turns' losses
 
-def trainable_copy(teacher: Denoiser) -> Denoiser:
-    """A copy of a denoiser, frozen or not, that a player can be."""
-    return copy.deepcopy(teacher).requires_grad_(True)
+    def student_loss(self, batch: Batch) -> tuple[Terms, Carry]:
+        condition = batch["condition"]
+        images = self.generate(**batch["input"], condition=condition)
+        x_t, t = self.process.add_noise(images, **batch["score"]), batch["score"]["t"]
+        with torch.no_grad():
+            real = self.teacher.denoiser(
+                x_t, t, condition, guidance_scale=self.guidance_scale, null_condition=batch["null_condition"]
+            )
+            fake = self.players["fake_score"](x_t, t, condition)
+        terms = {"dmd": dmd_loss(images, real.x0, fake.x0, normalize=self.normalize)}
+        if self.gan is not None:
+            terms["gan"] = self.gan.generator_weight * self._generator_loss(images, batch)
+        if self._pairs is not None:
+            pair = batch["pair"]
+            distance = regression_loss(self.generate(**pair["input"]), pair["code"], kind=self.regression_kind)
+            terms["regression"] = self.regression_weight * distance
+        return terms, {"images": images}
+
+    def critic_loss(self, batch: Batch) -> tuple[Terms, Carry]:
+        sample = self.process.noised(batch["images"], **batch["critic"])
+        prediction = self.players["fake_score"](sample.x_t, sample.t, batch["condition"])
+        terms = {"denoising": denoising_error(prediction, sample, self.critic_space, self.sigma_data)}
+        if self.gan is not None:
+            fake = self._logits_of_images(batch["images"], batch, "judged_by_critic")
+            real = self._logits(**batch["judged_real"])
+            terms["gan"] = self.gan.critic_weight * gan_discriminator_loss(real, fake, kind=self.gan.kind)
+            if self.gan.r1:
+                terms["r1"] = self.gan.r1 * (self._logits(**batch["judged_beside"]) - real).square().mean()
+        return terms, {}
+
+    def _generator_loss(self, images: Tensor, batch: Batch) -> Tensor:
+        fake = self._logits_of_images(images, batch, "judged_by_student")
+        real = None
+        if self.gan.kind == "relativistic":
+            with torch.no_grad():
+                real = self._logits(**batch["judged_real"])
+        return gan_generator_loss(fake, real, kind=self.gan.kind)
+
+    def _logits_of_images(self, images: Tensor, batch: Batch, noise: str) -> Tensor:
+        x_t = self.process.add_noise(images, **batch[noise])
+        return self._logits(x_t, batch[noise]["t"], batch["condition"])
+
+    def _logits(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        _, features = self._judge.features(x_t, t, condition, taps=self.gan.taps)
+        return self.players["discriminator"](features, len(x_t))
+
+    @property
+    def _judge(self) -> Denoiser:
+        return self.teacher.denoiser if self.gan.features == "teacher" else self.players["fake_score"]
+
+    def _discriminator(self) -> torch.nn.Module:
+        held = next(self._judge.parameters(), torch.empty(()))
+        x_t = torch.zeros(1, *self.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
+        condition = self.conditions.at([0], held.device)[0] if self.conditions else None
+        return discriminator_of(self._judge, self.gan.taps, x_t, expand_time(self.times[0], x_t), condition)
+
+
+def _player(role: str, given: Generator | Denoiser | None, teacher: Generator) -> Denoiser:
+    if given is None:
+        return trainable_copy(teacher.denoiser)
+    require_same_path(role, given, teacher)
+    return given.denoiser if isinstance(given, Generator) else given

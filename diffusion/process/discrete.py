@@ -83,7 +83,8 @@ class VPProcess(Process):
         last = table.numel() - 2
         left = t.clamp(0, last).floor()
         share = t.clamp(0, last) - left
-        low, high = table[left.long()], table[(left.long() + 1).clamp(max=last)]
+        # Taken, because to index by a single number is to read it on the host.
+        low, high = table.take(left.long()), table.take((left.long() + 1).clamp(max=last))
         # An index must hit its entry exactly, also beside an infinite one (zero terminal SNR).
         between = torch.where(share == 0, low, low + share * (high - low))
         return torch.where(t < 0, table[-1], between)
@@ -100,7 +101,7 @@ class VPProcess(Process):
         table = self._table(value.device)[:-1]
         last = table.numel() - 1
         right = torch.searchsorted(-table, -value.contiguous()).clamp(1, max(last, 1))
-        low, high = table[right - 1], table[right.clamp(max=last)]
+        low, high = table.take(right - 1), table.take(right.clamp(max=last))
         index = right - 1 + (low - value) / (low - high)
         return torch.where(value >= table[0], 0.0, torch.where(value <= table[-1], float(last), index))
 

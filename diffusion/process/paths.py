@@ -81,7 +81,7 @@ class FlowProcess(Process):
             return t
         steps = torch.arange(self.num_steps, dtype=torch.float64, device=t.device)
         table = shift_time(1 - steps / self.num_steps, self.shift)
-        return table[(t.unsqueeze(-1) - table).abs().argmin(-1)]
+        return table.take((t.unsqueeze(-1) - table).abs().argmin(-1))
 
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - self._sigma(t)

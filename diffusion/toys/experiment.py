@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser
+from diffusion.generator import Generator
 from diffusion.losses import denoising_loss, edm_loss_weight
-from diffusion.methods.dmd2 import DMD2, trainable_copy
+from diffusion.methods.base import GeneratorMethod, trainable_copy
+from diffusion.methods.dmd2 import DMD2
 from diffusion.process import TimeLaw
 from diffusion.samplers import heun, renoise
 from diffusion.toys.metrics import ring_metrics
@@ -20,7 +22,7 @@ from diffusion.toys.mixture import GaussianMixture, exact_denoiser, ring
 from diffusion.toys.network import toy_denoiser
 from diffusion.toys.picture import draw_ring
 from visiondistill import recipes
-from visiondistill.engine import Batch, Carry, Draw, Method, Result, Terms, Turn
+from visiondistill.engine import Batch, Carry, Draw, Result, Terms, Turn
 
 RECIPE = "smoke/dmd2"
 SAMPLES = 8000
@@ -30,7 +32,7 @@ HEUN_STEPS = 40
 Metrics = dict[str, dict[str, float]]
 
 
-class RingRegression(Method):
+class RingRegression(GeneratorMethod):
     """Regress a small denoiser on the ring's exact posterior mean, at noised samples of the ring.
 
     Student and critic start from it, as they start from copies of the teacher in image models.
@@ -43,8 +45,9 @@ class RingRegression(Method):
 
     def __init__(self, width: int = 128, depth: int = 3, times: TimeLaw | None = None, sigma_data: float = 0.5) -> None:
         denoiser = toy_denoiser(width, depth)
-        super().__init__(players={"denoiser": denoiser}, frozen={"exact": exact_denoiser(ring(), denoiser.process)})
-        self.process, self.sigma_data = denoiser.process, sigma_data
+        exact = exact_denoiser(ring(), denoiser.process)
+        super().__init__(Generator(denoiser, (2,)), players={"denoiser": denoiser}, frozen={"exact": exact})
+        self.sigma_data = sigma_data
         self.times = times or self.process.time_law()
 
     def turns(self) -> tuple[Turn, ...]:
@@ -67,16 +70,15 @@ class RingDMD2(DMD2):
     """DMD2 with the ring's exact denoiser as teacher; nothing but the distillation can then be wrong.
 
     Args:
-        initial: the denoiser that student and critic start from.
+        initial: the generator that student and critic start from.
         student_every: as of `DMD2`.
     """
 
-    def __init__(self, initial: Denoiser, student_every: int = 5) -> None:
+    def __init__(self, initial: Generator, student_every: int = 5) -> None:
         super().__init__(
-            exact_denoiser(ring(), initial.process),
-            shape=(2,),
-            student=trainable_copy(initial),
-            fake_score=trainable_copy(initial),
+            Generator(exact_denoiser(ring(), initial.process), (2,)),
+            student=Generator(trainable_copy(initial.denoiser), (2,)),
+            fake_score=trainable_copy(initial.denoiser),
             student_every=student_every,
         )
 
@@ -105,7 +107,7 @@ def report_ring(result: Result, seed: int = 0) -> Metrics:
     The teacher samples with 40 steps of Heun, the student (averaged weights, where there are any)
     with its own few, both from the same noise.
     """
-    teacher, student = result.method.frozen["teacher"], result.ema or result.product
+    teacher, student = result.method.teacher.denoiser, (result.ema or result.product).denoiser
     mixture, generator = ring(), torch.Generator().manual_seed(seed)
     noise = torch.randn(SAMPLES, 2, generator=generator)
     steps = len(result.method.times) - 1

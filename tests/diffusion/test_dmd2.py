@@ -13,6 +13,7 @@ from torch import nn
 
 from diffusion.conditions import ClassLabels
 from diffusion.denoiser import Denoiser, EDMPreconditioner
+from diffusion.generator import Generator
 from diffusion.losses import denoising_loss, dmd_loss, edm_loss_weight
 from diffusion.methods.dmd2 import DMD2
 from diffusion.process import EDMProcess, FlowProcess, Process, TimeLaw, TrigProcess, VPProcess, karras_sigmas
@@ -44,6 +45,11 @@ def denoiser(process: Process | None = None, kind: str = "x0", seed: int = 0) ->
     if process is None:
         return Denoiser(EDMPreconditioner(Network()), EDMProcess(), "x0")
     return Denoiser(Network(), process, kind)
+
+
+def teacher(process: Process | None = None, kind: str = "x0", classes: int | None = None, seed: int = 0) -> Generator:
+    conditions = None if classes is None else ClassLabels(classes)
+    return Generator(denoiser(process, kind, seed), SHAPE, conditions=conditions)
 
 
 def draw(step: int = 0, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Draw:
@@ -89,26 +95,25 @@ def moved_apart(method: DMD2) -> DMD2:
 
 
 def test_student_and_critic_start_as_trainable_copies_even_of_a_frozen_teacher():
-    teacher = denoiser().requires_grad_(False)
-    method = DMD2(teacher, SHAPE)
+    real = denoiser().requires_grad_(False)
+    method = DMD2(Generator(real, SHAPE))
     for player in method.players.values():
-        assert torch.equal(weights(player), weights(teacher))
+        assert torch.equal(weights(player), weights(real))
         assert all(p.requires_grad for p in player.parameters())
-        assert not {id(p) for p in player.parameters()} & {id(p) for p in teacher.parameters()}
+        assert not {id(p) for p in player.parameters()} & {id(p) for p in real.parameters()}
     assert method.product() is method.players["student"]
 
 
 def test_the_first_image_is_the_teachers_one_step_denoise():
-    teacher = denoiser()
-    method = DMD2(teacher, SHAPE)
+    method = DMD2(teacher())
     images = prepared(method, ("critic",))["images"]
     noise = draw().normal("input/noise", *SHAPE)
-    assert torch.equal(images, teacher(80 * noise, 80.0).x0)
+    assert torch.equal(images, denoiser()(80 * noise, 80.0).x0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_loss_and_gradient_are_exactly_zero_while_the_critic_is_the_teacher(dtype):
-    method = DMD2(denoiser().to(dtype), SHAPE)
+    method = DMD2(teacher().to(dtype))
     terms, _ = method.student_loss(prepared(method, dtype=dtype))
     terms["dmd"].backward()
     assert terms["dmd"].item() == 0
@@ -116,10 +121,10 @@ def test_loss_and_gradient_are_exactly_zero_while_the_critic_is_the_teacher(dtyp
 
 
 def test_with_guidance_of_the_real_score_alone_it_is_not_zero_at_the_start():
-    method = DMD2(denoiser(), SHAPE, guidance_scale=3.0, conditions=ClassLabels(4))
+    method = DMD2(teacher(classes=4), guidance_scale=3.0)
     loss = method.student_loss(prepared(method))[0]["dmd"]
     assert loss > 1e-4
-    unguided = DMD2(denoiser(), SHAPE, guidance_scale=1.0, conditions=ClassLabels(4))
+    unguided = DMD2(teacher(classes=4), guidance_scale=1.0)
     assert unguided.student_loss(prepared(unguided))[0]["dmd"] == 0
 
 
@@ -127,39 +132,40 @@ def test_with_guidance_of_the_real_score_alone_it_is_not_zero_at_the_start():
 
 
 def test_student_loss_is_dmd_at_the_students_noised_images():
-    method = moved_apart(DMD2(denoiser(), SHAPE))
+    method = moved_apart(DMD2(teacher()))
     batch = prepared(method)
     terms, carry = method.student_loss(batch)
     x_t = carry["images"] + batch["score"]["t"].float().reshape(-1, 1, 1) * batch["score"]["noise"]
     t = batch["score"]["t"]
-    expected = dmd_loss(carry["images"], method.frozen["teacher"](x_t, t).x0, method.players["fake_score"](x_t, t).x0)
+    real, fake = method.frozen["teacher"].denoiser(x_t, t).x0, method.players["fake_score"](x_t, t).x0
+    expected = dmd_loss(carry["images"], real, fake)
     torch.testing.assert_close(terms["dmd"], expected)
     assert expected > 0
 
 
 def test_both_scores_are_read_without_a_graph():
     """The loss detaches them anyway; a graph would cost the memory of two more networks."""
-    method = DMD2(denoiser(), SHAPE)
+    method = DMD2(teacher())
     seen = []
-    for network in (method.frozen["teacher"], method.players["fake_score"]):
+    for network in (method.frozen["teacher"].denoiser, method.players["fake_score"]):
         network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     method.student_loss(prepared(method))
     assert seen == [False, False]
 
 
 def test_the_normaliser_sees_the_guided_teacher():
-    method = moved_apart(DMD2(denoiser(), SHAPE, guidance_scale=4.0, conditions=ClassLabels(4)))
+    method = moved_apart(DMD2(teacher(classes=4), guidance_scale=4.0))
     batch = prepared(method)
     terms, carry = method.student_loss(batch)
     images, t, c = carry["images"], batch["score"]["t"], batch["condition"]
     x_t = method.process.add_noise(images, **batch["score"])
-    teacher, null = method.frozen["teacher"], torch.full_like(c, 4)
-    guided = teacher(x_t, t, null).x0 + 4 * (teacher(x_t, t, c).x0 - teacher(x_t, t, null).x0)
+    real, null = method.frozen["teacher"].denoiser, torch.full_like(c, 4)
+    guided = real(x_t, t, null).x0 + 4 * (real(x_t, t, c).x0 - real(x_t, t, null).x0)
     torch.testing.assert_close(terms["dmd"], dmd_loss(images, guided, method.players["fake_score"](x_t, t, c).x0))
 
 
 def test_critic_loss_is_edms_weighted_denoising_of_the_images():
-    method = DMD2(denoiser(), SHAPE)
+    method = DMD2(teacher())
     batch = prepared(method, ("critic",))
     t = batch["critic"]["t"]
     x_t = method.process.add_noise(batch["images"], **batch["critic"])
@@ -170,7 +176,7 @@ def test_critic_loss_is_edms_weighted_denoising_of_the_images():
 @pytest.mark.parametrize("space", ["x0", "eps", "v", "velocity"])
 def test_critic_spaces_are_one_error_under_known_weights(space):
     """card: |x0 error|^2 = sigma^2/alpha^2 |eps error|^2 = sigma^2 |velocity error|^2 on the linear path."""
-    method = DMD2(denoiser(FlowProcess(), "velocity"), SHAPE, critic_space=space, sigma_data=None)
+    method = DMD2(teacher(FlowProcess(), "velocity"), critic_space=space, sigma_data=None)
     batch = prepared(method, ("critic",), dtype=torch.float32)
     sample = method.process.noised(batch["images"], **batch["critic"])
     error = (method.players["fake_score"](sample.x_t, sample.t).x0 - sample.x0).double()
@@ -180,9 +186,17 @@ def test_critic_spaces_are_one_error_under_known_weights(space):
     torch.testing.assert_close(got, (scale * error).square().mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "space"), [("eps", "eps"), ("v", "v"), ("x0", "x0"), ("score", "eps")])
+def test_the_critics_error_is_taken_of_what_it_predicts(kind, space):
+    method = DMD2(teacher(VPProcess.from_betas(), "v"), fake_score=denoiser(VPProcess.from_betas(), kind))
+    assert method.critic_space == space
+    terms, _ = method.critic_loss(prepared(method, ("critic",)))
+    assert terms["denoising"].isfinite()
+
+
 def test_gradients_reach_exactly_the_mover():
     """Every parameter requires a gradient here, so nothing but the losses decides."""
-    method = moved_apart(DMD2(denoiser(), SHAPE))
+    method = moved_apart(DMD2(teacher()))
     method.requires_grad_(True)
     parts = {**method.players, **method.frozen}
     batch = prepared(method)
@@ -197,7 +211,7 @@ def test_gradients_reach_exactly_the_mover():
 
 
 def test_the_critics_batch_looks_alike_whether_the_student_played_or_not():
-    method = DMD2(denoiser(), SHAPE, conditions=ClassLabels(4))
+    method = DMD2(teacher(classes=4))
     batch = prepared(method)
     played = batch | method.student_loss(batch)[1]
     idle = prepared(method, ("critic",))
@@ -213,7 +227,7 @@ def test_the_critics_batch_looks_alike_whether_the_student_played_or_not():
 
 @pytest.mark.parametrize("process", [VPProcess.from_betas(), EDMProcess(), FlowProcess(shift=5.0)], ids=repr)
 def test_scores_are_compared_on_2_to_98_percent_and_the_critic_learns_everywhere(process):
-    method = DMD2(denoiser(process), SHAPE, sigma_data=None)
+    method = DMD2(teacher(process))
     batch = prepared(method, rows=20_000)
     score, critic = batch["score"]["t"].double(), batch["critic"]["t"].double()
     table = karras_sigmas(1000)
@@ -232,19 +246,19 @@ def test_scores_are_compared_on_2_to_98_percent_and_the_critic_learns_everywhere
 
 def test_time_laws_can_be_set():
     law = TimeLaw("lognormal", mean=-1.2, std=1.2, low=0.01, high=1.0)
-    batch = prepared(DMD2(denoiser(), SHAPE, score_times=law, critic_times=TimeLaw("uniform", low=5.0, high=6.0)))
+    batch = prepared(DMD2(teacher(), score_times=law, critic_times=TimeLaw("uniform", low=5.0, high=6.0)))
     assert batch["score"]["t"].max() <= 1.0
     assert batch["critic"]["t"].min() >= 5.0
 
 
 def test_noise_of_the_turns_is_independent():
-    batch = prepared(DMD2(denoiser(), SHAPE), rows=4000)
+    batch = prepared(DMD2(teacher()), rows=4000)
     noises = torch.stack([batch["score"]["noise"], batch["critic"]["noise"], batch["input"]["x_t"] / 80]).flatten(1)
     assert (torch.corrcoef(noises) - torch.eye(3)).abs().max() < 0.05
 
 
 def test_a_few_step_student_trains_on_inputs_that_it_made_itself():
-    method = DMD2(denoiser(VPProcess.from_betas(), "eps"), SHAPE, student_steps=4, sigma_data=None)
+    method = DMD2(teacher(VPProcess.from_betas(), "eps"), student_steps=4)
     assert method.times == [999, 749, 499, 249, -1]
     calls = []
     method.generate = lambda x_t, t, condition=None: calls.append((x_t, t, torch.is_grad_enabled())) or x_t / 2
@@ -280,9 +294,9 @@ def test_the_student_plays_every_fifth_step_and_the_critic_always_on_images_made
             seen.append(("critic", weights(self.players["student"]), batch["images"].clone()))
             return super().critic_loss(batch)
 
-    teacher = denoiser()
-    method = Spy(teacher, SHAPE)
-    before = weights(teacher)
+    real = denoiser()
+    method = Spy(Generator(real, SHAPE))
+    before = weights(real)
     train([Stage(method, steps=11, optim=OPTIM)], settings(tmp_path))
     order = [entry[0] for entry in seen]
     assert order == (["student", "critic"] + ["critic"] * 4) * 2 + ["student", "critic"]
@@ -301,13 +315,13 @@ def test_the_student_plays_every_fifth_step_and_the_critic_always_on_images_made
     assert torch.equal(students[0], students[1]), "a zero gradient moved the student"
     assert not torch.equal(students[6], students[7]), "the second student update did not happen"
     assert torch.equal(students[1], students[5])
-    assert torch.equal(weights(teacher), before)
+    assert torch.equal(weights(real), before)
 
 
 def test_each_turn_is_one_graph_from_first_to_last_step(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    eager, compiled = (DMD2(denoiser().double(), SHAPE, student_every=2) for _ in range(2))
+    eager, compiled = (DMD2(teacher().double(), student_every=2) for _ in range(2))
     train([Stage(eager, steps=7, optim=OPTIM)], settings(tmp_path / "eager"))
     train([Stage(compiled, steps=7, optim=OPTIM)], settings(tmp_path / "one", compile=True, compile_backend="eager"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
@@ -316,7 +330,7 @@ def test_each_turn_is_one_graph_from_first_to_last_step(tmp_path):
 
 
 def test_micro_batches_see_the_same_noise(tmp_path):
-    whole, halves = (DMD2(denoiser().double(), SHAPE) for _ in range(2))
+    whole, halves = (DMD2(teacher().double()) for _ in range(2))
     train([Stage(whole, steps=7, optim=OPTIM)], settings(tmp_path / "1", noise_block=4))
     train([Stage(halves, steps=7, optim=OPTIM)], settings(tmp_path / "2", noise_block=4, grad_accum_steps=2))
     torch.testing.assert_close(weights(halves), weights(whole), rtol=1e-9, atol=1e-10)
@@ -324,7 +338,7 @@ def test_micro_batches_see_the_same_noise(tmp_path):
 
 def test_a_run_resumed_inside_the_cycle_continues_identically(tmp_path):
     run = {"checkpoint_every": 3, "keep": 10}
-    whole, again = DMD2(denoiser(), SHAPE), DMD2(denoiser(), SHAPE)
+    whole, again = DMD2(teacher()), DMD2(teacher())
     train([Stage(whole, steps=8, optim=OPTIM)], settings(tmp_path / "whole", **run))
     middle = tmp_path / "whole" / "checkpoints" / "step_000000003"
     train([Stage(again, steps=8, optim=OPTIM)], settings(tmp_path / "again", resume=str(middle), **run))
@@ -343,16 +357,15 @@ def test_a_run_resumed_inside_the_cycle_continues_identically(tmp_path):
     ids=lambda value: str(value),
 )
 def test_any_process_and_prediction_type_trains(process, kind, space, tmp_path):
-    teacher = denoiser(process, kind)
-    method = DMD2(teacher, SHAPE, critic_space=space, sigma_data=0.5 if space == "x0" else None)
+    method = DMD2(teacher(process, kind), critic_space=space, sigma_data=0.5)
     result = train([Stage(method, steps=11, optim=OPTIM)], settings(tmp_path, proof_window=11))
     assert result.reason == "finished"
     assert all(math.isfinite(v) for line in result.history for k, v in line.items() if "/" in k)
-    assert not torch.equal(weights(method.players["student"]), weights(teacher))
+    assert not torch.equal(weights(method.players["student"]), weights(method.frozen["teacher"]))
 
 
 def test_bfloat16_autocast_keeps_the_loss_in_float32(tmp_path):
-    method = moved_apart(DMD2(denoiser(), SHAPE))
+    method = moved_apart(DMD2(teacher()))
     with torch.autocast("cpu", torch.bfloat16):
         terms, carry = method.student_loss(prepared(method))
     assert terms["dmd"].dtype == torch.float32
@@ -362,32 +375,33 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32(tmp_path):
 
 def test_a_teacher_of_another_run_stage_is_handed_over(tmp_path):
     """A class takes the handover as its first argument."""
-    first = DMD2(denoiser(), SHAPE)
+    first = DMD2(teacher())
     stages = [
         Stage(first, steps=2, optim=OPTIM, name="first"),
-        Stage(lambda student: DMD2(student, SHAPE), steps=2, optim=OPTIM, name="second"),
+        Stage(DMD2, steps=2, optim=OPTIM, name="second"),
     ]
     result = train(stages, settings(tmp_path))
-    assert result.method.frozen["teacher"] is first.players["student"]
+    handed_over = result.method.frozen["teacher"]
+    assert handed_over.denoiser is first.players["student"]
+    assert (handed_over.sampler, handed_over.steps, handed_over.shape) == ("student", 1, SHAPE)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"guidance_scale": 2.0}, "conditions"),
-        ({"critic_space": "eps"}, "sigma_data"),
-        ({"critic_space": "score", "sigma_data": None}, "'x0', 'eps', 'v', 'velocity'"),
+        ({"critic_space": "score"}, "'x0', 'eps', 'v', 'velocity'"),
         ({"student_steps": 0}, "n=0"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        DMD2(denoiser(), SHAPE, **options)
+        DMD2(teacher(), **options)
 
 
-def test_a_rate_below_one_is_refused_by_its_turn():
-    with pytest.raises(ValueError, match="every"):
-        DMD2(denoiser(), SHAPE, student_every=0).turns()
+def test_a_rate_below_one_is_refused():
+    with pytest.raises(ValueError, match="student_every=0"):
+        DMD2(teacher(), student_every=0)
 
 
 def test_class_labels():

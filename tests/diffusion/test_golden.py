@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion.generator import Generator
 from diffusion.methods.dmd2 import DMD2
 from diffusion.toys.network import toy_denoiser
 from visiondistill.engine import Optim, Run, Stage, train
@@ -20,7 +21,7 @@ def test_golden_curve(tmp_path: Path, equals_golden: Callable[[str, dict[str, li
             parameter.copy_(torch.sin(torch.arange(parameter.numel()) + number).view_as(parameter) / 3)
     run = Run(str(tmp_path), batch_size=16, log_every=1, ema_decay=0.9, progress=False, device="cpu")
     optim = {"student": Optim("adam", lr=1e-2), "fake_score": Optim("adam", lr=2e-2, clip=1.0)}
-    result = train([Stage(DMD2(teacher, shape=[2], student_every=5), 20, optim)], run)
+    result = train([Stage(DMD2(Generator(teacher, (2,)), student_every=5), 20, optim)], run)
     names = ("student/dmd", "critic/denoising")
     curve = {name: [line[name] for line in result.history if name in line] for name in names}
     curve["average"] = [sum(tensor.sum().item() for tensor in result.ema.state_dict().values())]

@@ -143,15 +143,16 @@ def test_the_recipe_runs_from_its_file_alone(tmp_path):
 def test_every_option_of_dmd2_can_be_set_in_a_recipe():
     options = {
         "score_times": {"law": "karras", "low": 0.01, "high": 5.0, "rho": 7.0},
-        "conditions": {"class_path": "diffusion.conditions.ClassLabels", "init_args": {"num_classes": 3}},
+        "gan": {"taps": ["layers.1"], "kind": "hinge", "times": {"high": 70.0}},
         "student_steps": 4,
+        "streams": {"train": {"class_path": "visiondistill.data.Stream", "init_args": {"data": [0], "batch_size": 1}}},
     }
-    node = {"class_path": "diffusion.methods.dmd2.DMD2", "init_args": {"shape": [2], **options}}
+    node = {"class_path": "diffusion.methods.dmd2.DMD2", "init_args": options}
     changes = {"stages.dmd2.method": node}
     stages, _ = recipes.build(recipes.override(recipes.load("smoke/dmd2"), changes))
     method = stages[1].method(stages[0].method.handover())
     assert method.score_times == TimeLaw("karras", low=0.01, high=5.0)
-    assert method.conditions.num_classes == 3
+    assert (method.gan.kind, method.gan_times.high) == ("hinge", 70.0)
     assert len(method.times) == 5
 
 
