@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from visiondistill.options import options_of
+
+if TYPE_CHECKING:
+    from diffusion.generator import Generator
 
 
 def demo_ring(words: list[str]) -> int:
@@ -23,6 +28,110 @@ def demo_ring(words: list[str]) -> int:
     _print_table(metrics)
     print(f"picture: {Path(options['output_dir']) / 'ring.png'}")
     return 0
+
+
+def evaluate(topic: str, words: list[str]) -> int:
+    """usage: visiondistill evaluate fd|kid|pr --run DIR | --pipeline FOLDER [--data.root DIR]
+                  [--extractor squeezenet|random|timm:NAME|FOLDER] [--extractor_weights FILE] [--classifier FOLDER]
+                  [--count N] [--steps N] [--seed S] [--batch_size B] [--split test]
+                  [--output_dir DIR] [--cache_dir DIR] [--generator.guidance_scale S] [--generator.prompts FILE]
+              visiondistill evaluate fid --extractor_weights FILE ...
+
+    Samples a generator and compares its images with the real ones of a data set: fd is the Frechet
+    distance and the diversity of features, kid the kernel distance, pr precision and recall; fid
+    is fd of the published Inception network, whose file must be named. Beside every figure stands
+    what real images score in the generator's place. FOLDER is an export of a classifier, or a run
+    of one; --classifier adds the accuracy of its answers on class-conditional samples. Data are
+    the run's, --data.KEY overrides them; --generator.KEY says how the pipeline is opened. --steps 0,
+    the default, takes the generator's own number.
+    The report goes to DIR, by default `evaluation` in the run or pipeline; features of the real
+    images are kept beside that, in `reference_features`.
+    """
+    options = {"run": None, "pipeline": None, "extractor": None, "extractor_weights": None}
+    options |= {"classifier": None, "count": 2000, "steps": 0, "seed": 0, "batch_size": 64, "split": "test"}
+    chosen = options_of(
+        words, evaluate, options | {"output_dir": None, "cache_dir": None}, dotted=("data", "generator")
+    )
+    if chosen is None:
+        return 0
+    from rich.console import Console
+
+    from diffusion.eval.command import run_evaluation
+
+    report, path = run_evaluation(topic, **chosen)
+    Console().print(report.table())
+    print(f"report: {path}")
+    return 0
+
+
+evaluate_fd, evaluate_fid, evaluate_kid, evaluate_pr = (
+    partial(evaluate, topic) for topic in ("fd", "fid", "kid", "pr")
+)
+
+
+def store_pairs(words: list[str]) -> int:
+    """usage: visiondistill store pairs --run DIR | --pipeline FOLDER --output_dir DIR [--count N] [--steps N]
+                                          [--seed S] [--batch_size B] [--generator.KEY VALUE]
+
+    Keeps pairs of noise and what a generator of many steps makes of it, for DMD's regression
+    (recipe dmd, --method.regression.pairs DIR). Pair i depends on the seed and i alone: an
+    interrupted store goes on, a larger --count adds to it, another generator's is refused.
+    """
+    options = {"run": None, "pipeline": None, "output_dir": None, "count": 4000, "steps": 0, "seed": 0}
+    chosen = options_of(words, store_pairs, options | {"batch_size": 64}, dotted=("generator",))
+    if chosen is None:
+        return 0
+    from diffusion import pairs
+    from diffusion.subject import generator_of
+
+    folder = _named(chosen, "output_dir", "DIR")
+    generator = generator_of(chosen["run"], chosen["pipeline"], chosen["changes"])
+    said = {name: chosen[name] for name in ("seed", "batch_size")}
+    pairs.store_pairs(_on_device(generator), chosen["count"], folder, steps=chosen["steps"] or None, **said)
+    print(f"{chosen['count']} pairs: {folder}")
+    return 0
+
+
+def store_latents(words: list[str]) -> int:
+    """usage: visiondistill store latents --run DIR | --pipeline FOLDER --file FILE [--data.KEY VALUE]
+                                            [--split train] [--batch_size B] [--generator.KEY VALUE]
+
+    Encodes the images of a data set once by a pipeline's VAE, so that training need not
+    (data: diffusion.models.CachedLatents). Another VAE or other images are refused when FILE is used.
+    """
+    options = {"run": None, "pipeline": None, "file": None, "split": "train", "batch_size": 32}
+    chosen = options_of(words, store_latents, options, dotted=("data", "generator"))
+    if chosen is None:
+        return 0
+    from diffusion.models import cache_latents
+    from diffusion.subject import generator_of, source_of
+    from visiondistill.schema import RecipeError
+
+    file = _named(chosen, "file", "FILE")
+    generator = generator_of(chosen["run"], chosen["pipeline"], chosen["changes"])
+    source = source_of(chosen["run"], chosen["changes"])
+    try:
+        kept = cache_latents(
+            _on_device(generator), source, file, split=chosen["split"], batch_size=chosen["batch_size"]
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    print(f"{len(kept)} latents of {list(generator.shape)}: {file}")
+    return 0
+
+
+def _named(options: dict[str, Any], name: str, what: str) -> str:
+    from visiondistill.schema import RecipeError
+
+    if options[name] is None:
+        raise RecipeError(f"say where to: --{name} {what}")
+    return options[name]
+
+
+def _on_device(generator: Generator) -> Generator:
+    from visiondistill.engine.launch import launch
+
+    return generator.to(launch().device)
 
 
 def _print_table(metrics: dict[str, dict[str, float]]) -> None:

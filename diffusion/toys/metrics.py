@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusion.eval.distances import energy_distance, sliced_wasserstein
 from diffusion.toys.mixture import GaussianMixture
 
 NEAR = 4.0
@@ -19,7 +20,7 @@ def ring_metrics(samples: Tensor, mixture: GaussianMixture, reference: Tensor) -
 
     Args:
         samples: `[N, 2]`.
-        reference: true samples `[M, 2]` for the energy distance.
+        reference: true samples `[M, 2]` for the two distances.
 
     Returns:
         modes: how many modes hold at least a quarter of their mass within 4 standard deviations.
@@ -27,7 +28,7 @@ def ring_metrics(samples: Tensor, mixture: GaussianMixture, reference: Tensor) -
         tv: total variation between the modes' shares of those samples and their weights; 1 if there
             are none.
         spread: within-mode standard deviation over the true one (1 = exact); nan if there are none.
-        energy_distance: see `energy_distance`.
+        energy_distance, sliced_wasserstein: to the reference, see `diffusion.eval`.
     """
     distance, nearest = torch.cdist(samples, mixture.means).min(1)
     near = distance < NEAR * mixture.std
@@ -41,16 +42,5 @@ def ring_metrics(samples: Tensor, mixture: GaussianMixture, reference: Tensor) -
         "tv": float(tv),
         "spread": float(spread),
         "energy_distance": energy_distance(samples, reference),
+        "sliced_wasserstein": sliced_wasserstein(samples, reference),
     }
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2E|x - y| - E|x - x'| - E|y - y'| over distinct pairs: unbiased, 0 for equal laws (so it may be negative).
-
-    Source: Szekely and Rizzo 2013. `x [N, D]`, `y [M, D]`, N and M at least 2.
-    """
-    return float(2 * torch.cdist(x, y).mean(dtype=torch.float64) - _within(x) - _within(y))
-
-
-def _within(x: Tensor) -> Tensor:
-    return torch.pdist(x).mean(dtype=torch.float64)

@@ -1,0 +1,50 @@
+"""What a command names: the generator of a run or of a pipeline's folder, and images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusion.generator import Generator
+from visiondistill import measure, recipes
+from visiondistill.data import Source
+from visiondistill.engine.errors import SettingsError
+
+
+def generator_of(run: str | None, pipeline: str | None, changes: recipes.Config) -> Generator:
+    """A run's export, or a pipeline folder.
+
+    Args:
+        run, pipeline: one of them.
+        changes: dotted keys, of which `generator.KEY` says how it is opened.
+
+    Raises:
+        RecipeError: neither or both of run and pipeline.
+        SettingsError: no such folder, or one that cannot be opened.
+    """
+    from diffusion.models import open_generator
+
+    if (run is None) == (pipeline is None):
+        raise recipes.RecipeError("name a generator: --run FOLDER, or --pipeline FOLDER")
+    try:
+        return open_generator(Path(pipeline) if run is None else Path(run) / "export", **_below("generator.", changes))
+    except (TypeError, ValueError) as error:
+        cure = "" if run is None else f"; visiondistill export --run {run} makes one"
+        raise SettingsError(f"{error}{cure}") from error
+
+
+def source_of(run: str | None, changes: recipes.Config) -> Source:
+    """The data of a run, those of `--data.KEY`, or the one changed by the other.
+
+    Raises:
+        RecipeError: neither names any.
+    """
+    config: dict[str, Any] = {} if run is None else measure.run_config(run)
+    data = _below("data.", changes)
+    if "data" not in config and data:
+        config["data"] = recipes.load(measure.DATA)["data"]
+    return recipes.source_of(recipes.override(config, {f"data.{name}": value for name, value in data.items()}))
+
+
+def _below(part: str, changes: recipes.Config) -> recipes.Config:
+    return {name.removeprefix(part): value for name, value in changes.items() if name.startswith(part)}
