@@ -1,0 +1,197 @@
+"""Around the training of a generator: its teacher checked, grids while it trains, distances and a pipeline after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diffusion.conditions import ClassLabels
+from diffusion.generator import Generator
+from diffusion.preflight import read
+from visiondistill.engine import Method, Result, Watch
+from visiondistill.engine.across import process_count, process_index
+from visiondistill.engine.errors import SettingsError
+from visiondistill.preflight import Preflight, bytes_of, of_run, some_of
+
+if TYPE_CHECKING:
+    from diffusion.export import About, Exported
+    from visiondistill.data import Source
+    from visiondistill.recipes import Plan
+
+ASKED = 64
+"""Validation images that a teacher denoises before the run."""
+
+SHOWN = 32
+"""Samples in a grid."""
+
+MEASURED = 1000
+"""Samples that are measured after a run, and half as many real images on either side of the noise floor."""
+
+
+class Generators:
+    """A `visiondistill.workshop.Workshop` of generators."""
+
+    def preflight(self, plan: Plan, rehearse: bool = True) -> Preflight:
+        """Sizes, the teacher's denoising error, and the times at which the student will be sampled.
+
+        Raises:
+            SettingsError: a teacher that predicts something else than it says, or no room for the checkpoints.
+        """
+        method = plan.stages[0].method
+        notes = [*_described(plan), *_measured(plan)]
+        facts = of_run(
+            plan,
+            trained=bytes_of(p for p in method.players.parameters() if p.requires_grad),
+            frozen=bytes_of(method.frozen.parameters()),
+            notes=(*notes, _times_of(method)),
+        )
+        if rehearse and process_count() == 1:
+            facts = _rehearsed(facts, method)
+        return facts
+
+    def watch(self, plan: Plan) -> Watch:
+        """Grids of samples, always from the same noise, in the order of the looks."""
+        folder = Path(plan.run.output_dir) / "samples"
+
+        def watch(generator: nn.Module) -> dict[str, float]:
+            if process_index() == 0:
+                from diffusion.eval import sample_grid
+
+                number = len(list(folder.glob("*.png"))) if folder.is_dir() else 0
+                sample_grid(generator, folder / f"{number:04d}.png", SHOWN // 8, 8)
+            return {}
+
+        return watch
+
+    def finish(
+        self, plan: Plan, result: Result, network: nn.Module, facts: Preflight, config: Mapping[str, Any], plots: bool
+    ) -> tuple[dict[str, Any], Exported | None]:
+        """Distances to the test images in random features, a grid beside the teacher's, a pipeline folder."""
+        from diffusion.eval import compare_grids
+
+        folder, metrics, exported = result.output_dir, {}, None
+        if process_index():
+            return metrics, exported
+        if plan.source is not None and len(network.shape) == 3:
+            metrics = _distances(network, plan.source, folder)
+        if plots:
+            teacher = getattr(result.method, "teacher", None)
+            panels = [] if teacher is None else [(f"teacher, {teacher.steps} steps", teacher, None)]
+            panels.append((f"{network.steps} step{'s' * (network.steps > 1)}", network, None))
+            if len(network.shape) >= 3:
+                compare_grids(panels, folder / "samples.png")
+            exported = _exported(plan, result, network, {"recipe": config}, metrics)
+        return metrics, exported
+
+    def export(
+        self,
+        plan: Plan,
+        result: Result,
+        network: nn.Module,
+        folder: Path | None,
+        about: Mapping[str, Any],
+        use: str = "auto",
+        onnx: bool = False,
+    ) -> Exported:
+        from diffusion.export import export_generator
+
+        if onnx:
+            raise SettingsError("onnx: generators are exported as diffusers' pipelines, which ONNX files cannot hold")
+        which = "raw" if result.ema is None or use == "raw" else "EMA"
+        try:
+            return export_generator(
+                network, folder or result.output_dir / "export", about=_about(plan, about), weights=which
+            )
+        except ValueError as error:
+            raise SettingsError(f"{result.output_dir} cannot be exported: {error}") from error
+
+
+def _described(plan: Plan) -> list[str]:
+    lines = []
+    for role in ("student", "teacher"):
+        generator = getattr(plan, role)
+        if isinstance(generator, Generator):
+            denoiser = generator.denoiser
+            guided = "" if generator.guidance_scale == 1 else f", guidance {generator.guidance_scale:g}"
+            size = sum(p.numel() for p in denoiser.parameters())
+            lines.append(
+                f"{role}: {size:,} parameters, predicts {denoiser.prediction_type} on "
+                f"{denoiser.process!r}; {generator.steps} steps of {generator.sampler}{guided}"
+            )
+    return lines
+
+
+def _measured(plan: Plan) -> list[str]:
+    teacher, source = plan.teacher, plan.source
+    if not isinstance(teacher, Generator):
+        return []
+    if source is None or "val" not in source.splits:
+        return ["teacher not measured: there are no validation images"]
+    if source.input_size != teacher.input_size:
+        raise SettingsError(
+            f"data: images are {list(source.input_size or ())}, the teacher makes {list(teacher.input_size)}: "
+            f"give the data the teacher's size"
+        )
+    data = some_of(source.val(), ASKED)
+    batch = next(source.stream(len(data), 0, "val").open(0, [(0, len(data))], 0, torch.device("cpu")))[0]
+    conditions = teacher.conditions
+    condition = conditions.of(batch)[0] if isinstance(conditions, ClassLabels) else None
+    if conditions is not None and condition is None:
+        return ["teacher not measured: its prompts are not those of the validation images"]
+    return [read(teacher, batch["image"], condition).check()]
+
+
+def _times_of(method: Method) -> str:
+    generator = method.generator()
+    shown = ", ".join(f"{t:g}" for t in generator.times().tolist()[:8])
+    more = ", ..." if generator.steps > 7 else ""
+    return f"sampled with {generator.sampler}, {generator.steps} steps at {shown}{more}"
+
+
+def _rehearsed(facts: Preflight, method: Method) -> Preflight:
+    from dataclasses import replace
+
+    from diffusion.export import why_not
+
+    reason = why_not(method.generator())
+    return facts if reason is None else replace(facts, notes=(*facts.notes, f"will not be exported: {reason}"))
+
+
+def _distances(generator: Generator, source: Source, folder: Path) -> dict[str, Any]:
+    from diffusion.eval import RandomExtractor, evaluate_generator
+
+    split = "test" if "test" in source.splits else "train"
+    there = len(source.test() if split == "test" else source.train())
+    report = evaluate_generator(
+        generator, source, RandomExtractor(), count=min(MEASURED, there), split=split, cache=folder / "evaluation"
+    )
+    report.write(folder / "evaluation")
+    return report.to_dict()
+
+
+def _exported(
+    plan: Plan, result: Result, generator: Generator, method: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> Exported | None:
+    from diffusion.export import export_generator, why_not
+
+    if (reason := why_not(generator)) is not None:
+        print(f"not exported: {reason}", flush=True)
+        return None
+    which = "raw" if result.ema is None else "EMA"
+    exported = export_generator(
+        generator, result.output_dir / "export", about=_about(plan, method, metrics), weights=which
+    )
+    if plan.run.progress:
+        print(f"export ({exported.format}): {exported.folder}", flush=True)
+    return exported
+
+
+def _about(plan: Plan, method: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> About:
+    from diffusion.export import About
+
+    data = "no data" if plan.source is None else plan.source.describe().as_dict()
+    return About(data=data, method=method, metrics=metrics or {})
