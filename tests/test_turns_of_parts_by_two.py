@@ -1,4 +1,7 @@
-"""Parts with turns of their own train under two processes as under one; one pair of processes plays them all."""
+"""Parts with turns of their own, and terms of the whole batch, train under two processes as under one.
+
+One pair of processes plays them all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -21,10 +25,13 @@ import visiondistill
 from visiondistill import Distiller
 from visiondistill.augmentors import AffineRange, Hard, Mask
 from visiondistill.data import Stream
-from visiondistill.engine import mean_across
 from visiondistill.heads import DualHead
 from visiondistill.terms import CE, KL, RKD, TAID
-from visiondistill.weighting import Trilateral
+from visiondistill.terms import pkt as pkt_module
+from visiondistill.terms import similarity as similarity_module
+from visiondistill.terms.pkt import PKT
+from visiondistill.terms.similarity import SimilarityPreserving
+from visiondistill.weighting import Fixed, Trilateral
 from visiondistill.weighting import trilateral as trilateral_module
 
 
@@ -37,7 +44,8 @@ def built(terms: dict, **parts) -> Distiller:
 def trilateral() -> Distiller:
     """With what else needs the whole batch: a relation between rows, and a schedule that follows the loss."""
     terms = {"ce": CE(), "kd": TAID(steps=4), "rkd": RKD()}
-    return built(terms, weighting=Trilateral(weights={"rkd": 0.1}, every=2))
+    # A virtual step that is large enough for the mean of inner gradients to show.
+    return built(terms, weighting=Trilateral(weights={"rkd": 0.1}, every=2, virtual_lr=0.1))
 
 
 def hard() -> Distiller:
@@ -50,16 +58,34 @@ def both() -> Distiller:
     return built(terms, heads=DualHead(hidden=None), weighting=Trilateral(), augmentor=Hard(Mask(channels=1)))
 
 
-METHODS: dict[str, Callable[[], Distiller]] = {"trilateral": trilateral, "hard": hard, "both": both}
+def similarity() -> Distiller:
+    return built({"ce": CE(), "sp": SimilarityPreserving()})
+
+
+def pkt() -> Distiller:
+    return built({"ce": CE(), "pkt": PKT()}, weighting=Fixed({"pkt": 1000.0}))
+
+
+METHODS: dict[str, Callable[[], Distiller]] = {
+    "trilateral": trilateral,
+    "hard": hard,
+    "both": both,
+    "similarity": similarity,
+    "pkt": pkt,
+}
 LOCAL = "-local"
-"""After a method's name: without the mean of inner gradients over processes."""
-JOBS = [*METHODS, f"trilateral{LOCAL}"]
+"""After a method's name: without what it does over processes, the mean of inner gradients or the gathering of rows."""
+COLLECTIVE = ["trilateral", "similarity", "pkt"]
+JOBS = [*METHODS, *(f"{name}{LOCAL}" for name in COLLECTIVE)]
 
 
 def played(name: str, folder: Path) -> dict[str, Tensor]:
     method = METHODS[name.removesuffix(LOCAL)]()
-    mean = (lambda x: x) if name.endswith(LOCAL) else mean_across
-    with mock.patch.object(trilateral_module, "mean_across", mean):
+    with ExitStack() as stack:
+        if name.endswith(LOCAL):
+            stack.enter_context(mock.patch.object(trilateral_module, "mean_across", lambda x: x))
+            for module in (similarity_module, pkt_module):
+                stack.enter_context(mock.patch.object(module, "gather_across", lambda x: x))
         play(method, folder / name, noise_block=2)
     return {name: tensor.contiguous() for name, tensor in weights(method).items()}
 
@@ -104,8 +130,9 @@ def test_two_processes_train_as_one_does(name: str, by_two: dict, tmp_path: Path
     assert apart(first, played(name, tmp_path)) < 1e-10
 
 
-def test_equality_would_miss_no_forgotten_mean_of_inner_gradients(by_two: dict) -> None:
-    assert apart(by_two["trilateral"][0], by_two[f"trilateral{LOCAL}"][0]) > 1e-4
+@pytest.mark.parametrize("name", COLLECTIVE)
+def test_equality_would_miss_no_forgotten_collective(name: str, by_two: dict) -> None:
+    assert apart(by_two[name][0], by_two[f"{name}{LOCAL}"][0]) > 1e-4
 
 
 if __name__ == "__main__":

@@ -198,6 +198,7 @@ def _subject(
         raise RecipeError("name what to measure: --run FOLDER, or --model NAME|FOLDER with --data.root DIR")
     if run is not None:
         config = run_config(run)
+        _require_classifier(config, run)
         network, facts = _opened(Path(run) / "export", cure=f"; visiondistill export --run {run} makes one")
         folder = Path(run) / "evaluation"
     else:
@@ -217,6 +218,14 @@ def _subject(
         source=recipes.source_of(config) if needs_data else None,
         folder=Path(output_dir or folder),
     )
+
+
+def _require_classifier(config: recipes.Config, run: str) -> None:
+    from visiondistill.workshop import Classifiers, workshop_of_kind
+
+    workshop = workshop_of_kind(recipes.kinds(config)[-1])
+    if not isinstance(workshop, Classifiers):
+        raise RecipeError(f"{run} made no classifier; what it made is measured by {workshop.measured_by} {run}")
 
 
 def _opened(folder: Path, cure: str = "") -> tuple[Network, dict[str, Any]]:

@@ -13,7 +13,8 @@ One stage, with the parts that people change on top:
 
 Several stages stand under `stages`, by name, each with steps, method and optim. Method arguments
 called student, teacher and streams are filled from the top where the method leaves them out; from
-the second stage on, so is its first argument, with what the previous stage handed over.
+the second stage on, so is its first argument, with what the previous stage handed over. A stage that
+is handed another argument than the student does not get the student besides, if an earlier one trained it.
 `performance: auto` tries before step 1 whether channels-last weights, bf16 and compilation pay here.
 """
 
@@ -264,13 +265,13 @@ def check(config: Config, given: Collection[str] = ()) -> None:
     if "stages" in config and {"method", "steps", "optim"} & set(config):
         raise RecipeError("stages: give either `stages`, or method, steps and optim for a single one")
     schema.check(_mapping(config, "run"), Run, "run")
-    for name, later in (("data", ()), ("student", ("num_classes",)), ("teacher", ())):
+    for name, later in (("data", ()), ("student", FITTED), ("teacher", ())):
         if name in config and name not in given:
             _require_class(config[name], name)
             schema.check(config[name], Any if name == "data" else nn.Module, name, later)
     schema.check(config.get("workers", 0), int, "workers")
     schema.check(config.get("performance", "as set"), Literal["as set", "auto"], "performance")
-    top = {*config, *given}
+    top, trained = {*config, *given}, False
     for index, (_, where, node) in enumerate(_stages(config)):
         extra = [key for key in node if key not in STAGE]
         if extra:
@@ -278,8 +279,9 @@ def check(config: Config, given: Collection[str] = ()) -> None:
         _require_class(node.get("method"), f"{where}method")
         _require_steps(node.get("steps"), f"{where}steps")
         target = schema.resolve(node["method"]["class_path"], f"{where}method.class_path")
-        later = [*_filled(top, target, node["method"]), *_handed_over(index, top, target, node["method"])]
-        schema.check(node["method"], Method, f"{where}method", later)
+        filled, handed_over = _given_to(index, top, target, node["method"], trained)
+        trained |= "student" in filled
+        schema.check(node["method"], Method, f"{where}method", [*filled, *handed_over])
         schema.check(node.get("optim", {}), dict[str, Optim], f"{where}optim")
 
 
@@ -300,7 +302,6 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
 
     given = dict(given or {})
     check(config, given)
-    top = {*config, *given}
     run = schema.build(config["run"], Run, "run")
     built = Plan(
         [], run, source=given.get("data") or source, student=given.get("student"), teacher=given.get("teacher")
@@ -324,16 +325,29 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
         built.student, built.teacher = (_sized(net, built.source) for net in (built.student, built.teacher))
         _require_classes(built, len(built.source.classes))
     shared = {"student": built.student, "teacher": built.teacher, "streams": streams}
+    top, trained = {*config, *given}, False
     for index, (name, where, node) in enumerate(_stages(config)):
         target = schema.resolve(node["method"]["class_path"], f"{where}method")
-        filled = {key: shared[key] for key in _filled(top, target, node["method"])}
-        handed_over = _handed_over(index, top, target, node["method"])
+        names, handed_over = _given_to(index, top, target, node["method"], trained)
+        trained |= "student" in names
+        filled = {key: shared[key] for key in names}
         make = partial(_make, node["method"], f"{where}method", run.seed, filled, handed_over)
         optim = schema.build(node.get("optim", {}), dict[str, Optim], f"{where}optim")
         method: Method | Callable = make if index else make(None)
         built.kinds.append(target)
         built.stages.append(Stage(name=name, method=method, steps=node["steps"], optim=optim))
     return built
+
+
+def kinds(config: Config) -> list[Callable]:
+    """Classes of the stages' methods.
+
+    Raises:
+        RecipeError: one that cannot be imported.
+    """
+    return [
+        schema.resolve(node["method"]["class_path"], f"{where}method.class_path") for _, where, node in _stages(config)
+    ]
 
 
 def source_of(config: Config) -> Source:
@@ -435,6 +449,19 @@ def _stages(config: Config) -> list[tuple[str, str, Config]]:
     if "stages" not in config:
         return [("main", "", {key: config[key] for key in STAGE if key in config})]
     return [(name, f"stages.{name}.", _mapping(config["stages"], name)) for name in _mapping(config, "stages")]
+
+
+def _given_to(
+    index: int, top: Collection[str], target: Callable, node: Config, trained: bool
+) -> tuple[list[str], list[str]]:
+    """Arguments of a stage's method from the top of the recipe, and from the stage before.
+
+    Args:
+        trained: an earlier stage was given the student.
+    """
+    handed_over = _handed_over(index, top, target, node)
+    # What is handed over is then that student: one network would be taught by itself.
+    return _filled({*top} - {"student"} if trained and handed_over else top, target, node), handed_over
 
 
 def _filled(top: Collection[str], target: Callable, node: Config) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +57,9 @@ class Workshop(Protocol):
         """
         ...
 
+    measured_by: str
+    """The commands that measure its products again."""
+
     def export(
         self,
         plan: Plan,
@@ -83,11 +86,18 @@ class Workshop(Protocol):
 
 def workshop_of(plan: Plan) -> Workshop:
     """By the method of the last stage."""
-    return getattr(plan.kinds[-1], "workshop", Method.workshop)() or Classifiers()
+    return workshop_of_kind(plan.kinds[-1])
+
+
+def workshop_of_kind(method: Callable) -> Workshop:
+    """By the class of a method, or what builds one."""
+    return getattr(method, "workshop", Method.workshop)() or Classifiers()
 
 
 class Classifiers:
     """Accuracy and calibration on held-out images; folders that timm or torch open."""
+
+    measured_by = "visiondistill evaluate accuracy|cost --run"
 
     def preflight(self, plan: Plan, rehearse: bool = True) -> Preflight:
         return preflight(plan, rehearse)
@@ -100,7 +110,7 @@ class Classifiers:
 
         val = source.val()
 
-        def watch(product: nn.Module) -> dict[str, float]:
+        def watch(product: nn.Module, step: int) -> dict[str, float]:
             scores = evaluate(product, val)
             return {ACCURACY: scores.accuracy, "val/nll": scores.nll}
 

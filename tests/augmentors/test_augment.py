@@ -106,6 +106,18 @@ def test_shifts_reach_both_ends_equally_often():
     assert by.max() == 2
 
 
+def test_images_are_shifted_as_often_as_asked():
+    image = images(4000, 1, 6, 6)
+    always, seldom = (
+        augmented(Augment(flip=0, shift=2, shift_probability=p), image, draw(0, 4000)) for p in (1.0, 0.25)
+    )
+    same = (seldom["view"]["shift"] == always["view"]["shift"]).all(1)
+    # One in 25 shifts is none.
+    assert abs(same.double().mean().item() - (0.25 + 0.75 / 25)) < 4 * math.sqrt(0.25 * 0.75 / 4000)
+    assert torch.equal(seldom["image"][~same], image[~same])
+    assert torch.equal(seldom["image"][same], always["image"][same])
+
+
 def test_zoom_of_the_whole_image_is_the_image():
     image = images()
     identity = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]]).expand(8, -1, -1)

@@ -136,6 +136,13 @@ def test_relations_ignore_scale_rotation_and_shift_of_either_side(features):
     assert rkd_loss(2 * teacher @ rotation(D) - 1, teacher).abs() < 1e-12
 
 
+def test_autocast_changes_no_digit_of_the_relations(features):
+    student, teacher = features[0].detach().bfloat16(), features[1].bfloat16()
+    value = rkd_loss(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rkd_loss(student, teacher), value)
+
+
 def test_relations_of_equal_rows_are_finite():
     same = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(rkd_loss(same, torch.randn(4, 3, dtype=torch.float64)), same)

@@ -57,7 +57,7 @@ def test_the_arms_are_what_they_are_called() -> None:
         "ce": {"ce"},
         "kd": {"ce", "kd"},
         "logits": {"logits"},
-        **{arm: {"ce", "logits"} for arm in ("both", "dual", "aligned")},
+        **{arm: {"ce", "logits"} for arm in ("both", "both_light", "dual", "aligned")},
     }
     assert [arm for arm, own in arms.items() if "heads" in own] == ["dual", "aligned"]
     assert [arm for arm, own in arms.items() if own["terms"].get("logits", {}).get("init_args", {}).get("head")] == [
@@ -65,7 +65,9 @@ def test_the_arms_are_what_they_are_called() -> None:
         "aligned",
     ]
     assert arms["aligned"]["weighting"] == {"class_path": "visiondistill.weighting.Aligned"}
-    assert "weighting" not in arms["dual"]
+    assert [arm for arm in ("both", "dual") if "weighting" in arms[arm]] == []
+    assert arms["both_light"]["weighting"]["init_args"] == {"weights": {"logits": 0.1}}
+    assert arms["both_light"]["terms"] == arms["both"]["terms"]
 
 
 def test_the_cosine_is_that_of_the_two_gradients(source: Source, teacher: str, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_it_measures_each_run_once_in_any_process(
         (line,) = call("--arms", arm, "--only-seed", "0")
         assert line.startswith(f"{arm}, seed 0: ")
         found = json.loads((tmp_path / f"{arm}_0" / "result.json").read_text())
-        assert ("cosine" in found) == (arm in ("both", "dual", "aligned"))
+        assert ("cosine" in found) == (arm in ("both", "both_light", "dual", "aligned"))
     assert call("--arms", "dual", "--only-seed", "0") == []
     assert list(dhkd.cosines(tmp_path / "dual_0")) == [2, 4, 6]
     for arm, reached in {"both": 0.25, "dual": 0.5}.items():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from visiondistill import recipes
 from visiondistill.augmentors import AffineRange
+from visiondistill.engine import Result
 from visiondistill.mechanisms import hard
 
 
@@ -47,4 +49,35 @@ def test_it_measures_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = hard.table(tmp_path, ["shift", "range"], 1).splitlines()
     assert lines[2].startswith("| shift | ")
     assert lines[2].endswith("| - | - |")
-    assert "| 25.0 ± 0.0 |" in lines[3]
+    assert "| 25.0 |" in lines[3]
+
+
+def test_a_run_that_a_signal_ended_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = hard.train
+
+    def cut(*given: Any, **named: Any) -> Result:
+        result = train(*given, **named)
+        result.reason = "SIGTERM"
+        return result
+
+    load = recipes.load
+    short = {"stages.teacher.steps": 6, "stages.student.steps": 6, "run.proof_window": 2}
+    monkeypatch.setattr(recipes, "load", lambda name: recipes.override(load(name), short))
+    monkeypatch.setattr(hard, "train", cut)
+    with pytest.raises(KeyboardInterrupt, match=r"SIGTERM in .*teacher"):
+        hard.taught(tmp_path)
+    assert not (tmp_path / "teacher.pt").exists()
+    monkeypatch.setattr(hard, "train", train)
+    teacher = hard.taught(tmp_path / "again")
+    monkeypatch.setattr(hard, "train", cut)
+    with pytest.raises(KeyboardInterrupt, match=r"SIGTERM in .*none_0"):
+        hard.measured("none", 0, teacher, tmp_path)
+    assert not (tmp_path / "none_0" / "result.json").exists()
+    assert len(hard.table(tmp_path, ["none"], 1).splitlines()) == 3
+
+
+def test_the_sparing_control_shifts_half_of_the_images() -> None:
+    shift, half = (recipes.load(f"measured/hard_{arm}") for arm in ("shift", "half"))
+    ours, theirs = (plan["stages"]["student"]["method"]["init_args"].pop("augmentor") for plan in (half, shift))
+    assert ours["init_args"] == theirs["init_args"] | {"shift_probability": 0.5}
+    assert half["stages"] == shift["stages"]

@@ -36,6 +36,10 @@ from visiondistill.terms import (
     ReviewKD,
     Sinkhorn,
 )
+from visiondistill.terms.nkd import NKD
+from visiondistill.terms.pkt import PKT
+from visiondistill.terms.similarity import SimilarityPreserving
+from visiondistill.terms.vid import VID
 from visiondistill.weighting import Aligned, Fixed, Trilateral
 
 STEPS = 150
@@ -62,6 +66,10 @@ METHODS: dict[str, Callable[[], Parts]] = {
     "ofa": lambda: {"terms": {"ce": CE(), "ofa": OFA([2, 3, 4], gamma=1.3)}},
     "review": lambda: {"terms": {"ce": CE(), "review": ReviewKD()}},
     "crd": lambda: {"terms": {"ce": CE(), "crd": CRD(width=32, negatives=256)}, "weighting": Fixed({"crd": 0.2})},
+    "nkd": lambda: {"terms": {"ce": CE(), "nkd": NKD()}},
+    "similarity": lambda: {"terms": {"ce": CE(), "sp": SimilarityPreserving()}, "weighting": Fixed({"sp": 100.0})},
+    "pkt": lambda: {"terms": {"ce": CE(), "pkt": PKT()}, "weighting": Fixed({"pkt": 1000.0})},
+    "vid": lambda: {"terms": {"ce": CE(), "vid": VID((0, 1), (0, 1))}, "weighting": Fixed({"vid": 0.1})},
     "dual_head": lambda: {
         "terms": {"ce": CE(), "bkl": BinaryKL(head="second")},
         "heads": DualHead(hidden=32),

@@ -35,6 +35,7 @@ class Augment(Part):
         flip: probability of a mirror image, in [0, 1].
         shift: greatest shift in whole pixels, in each direction, with `padding` outside; the usual
             CIFAR crop is 4.
+        shift_probability: that an image is shifted at all, in [0, 1].
         padding: what lies outside a shifted image: "constant" (black), "reflect" or "replicate".
         zoom: least share of the area that a random crop, enlarged to the image, keeps, in (0, 1];
             1 leaves it out. Area and logarithm of the ratio are uniform, sides end at the image's.
@@ -52,6 +53,7 @@ class Augment(Part):
         self,
         flip: float = 0.5,
         shift: int = 0,
+        shift_probability: float = 1.0,
         padding: Padding = "constant",
         zoom: float = 1.0,
         turn: float = 0.0,
@@ -62,7 +64,7 @@ class Augment(Part):
         erase: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in {"flip": flip, "erase": erase}.items():
+        for name, value in {"flip": flip, "shift_probability": shift_probability, "erase": erase}.items():
             _require(0 <= value <= 1, name, value, "a probability in [0, 1]")
         for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
             _require(0 <= value < math.inf, name, value, "a number >= 0")
@@ -72,6 +74,7 @@ class Augment(Part):
         _require(0 <= turn <= 180, "turn", turn, "degrees in [0, 180]")
         _require(0 <= hue <= 0.5, "hue", hue, "in [0, 0.5]")
         self.flip, self.shift, self.padding, self.zoom, self.turn = flip, shift, padding, zoom, turn
+        self.shift_probability = shift_probability
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.erase = erase
         strengths = {"flip": flip, "shift": shift, "zoom": zoom < 1, "turn": turn, "brightness": brightness}
@@ -92,7 +95,8 @@ class Augment(Part):
             view["flip"] = draw.uniform("augment.flip") < self.flip
             image = flipped(image, view["flip"])
         if self.shift:
-            view["shift"] = draw.integers("augment.shift", -self.shift, self.shift + 1, 2)
+            by = draw.integers("augment.shift", -self.shift, self.shift + 1, 2)
+            view["shift"] = by * (draw.uniform("augment.shifts") < self.shift_probability)[:, None]
             image = shifted(image, view["shift"], self.shift, self.padding)
         if self.zoom < 1 or self.turn:
             view["zoom"] = self._zoom(image, draw)

@@ -24,7 +24,7 @@ class Split(NamedTuple):
     """One split as the set gives it.
 
     Args:
-        data: `TensorData`, or a map-style data set with `select(rows)`.
+        data: `TensorData`, or any map-style data set with `select(rows)`.
         label: int64 `[N]`, -1 for none.
         digest: per row, equal for equal images; None where that is not known.
         skipped: images that were left out.
@@ -38,13 +38,9 @@ class Split(NamedTuple):
     origin: Origin | None = None
 
     def select(self, rows: Tensor) -> Split:
-        if isinstance(self.data, TensorData):
-            data = TensorData({name: column[rows] for name, column in self.data.columns.items()})
-        else:
-            data = self.data.select(rows)
         digest = None if self.digest is None else [self.digest[row] for row in rows.tolist()]
         origin = None if self.origin is None else self.origin.select(rows)
-        return Split(data, self.label[rows], digest, origin=origin)
+        return Split(self.data.select(rows), self.label[rows], digest, origin=origin)
 
 
 @dataclass(frozen=True)

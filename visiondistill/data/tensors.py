@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +46,12 @@ class TensorData:
         if "image" in picked:
             picked["image"] = as_float_image(picked["image"])
         return picked | {"index": index}
+
+    def select(self, rows: Tensor) -> Self:
+        """The same with rows `[M]` alone."""
+        chosen = copy(self)
+        chosen.columns = {name: column[rows] for name, column in self.columns.items()}
+        return chosen
 
     @property
     def device(self) -> torch.device:

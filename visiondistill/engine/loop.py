@@ -37,8 +37,9 @@ from visiondistill.engine.signals import Signals
 from visiondistill.engine.step import Context, Step
 from visiondistill.engine.track import Tracker
 
-Watch = Callable[[nn.Module], Mapping[str, float]]
-"""Looks at the product as it stands (a copy in eval mode, averaged where an average is kept); gives figures by name.
+Watch = Callable[[nn.Module, int], Mapping[str, float]]
+"""Looks at the product as it stands (a copy in eval mode, averaged where an average is kept) after so many steps
+of the run; gives figures by name.
 
 Every process calls it, and what the first one gives is logged. Nothing that it does reaches the training.
 """
@@ -186,7 +187,7 @@ class _Session:
                 proof = update.context.proof = None
             looks = self.watch is not None and (done == stage.steps or done % run.evaluate_every == 0)
             polls = looks or done == stage.steps or done % run.log_every == 0
-            figures = self._look(assembly, update, shares) if looks else {}
+            figures = self._look(assembly, update, shares, before + done) if looks else {}
             stops = self._stops(polls)
             if polls or stops:
                 tracker.log(before + done, stage.name, self._read(assembly, update, shares) | figures)
@@ -231,13 +232,13 @@ class _Session:
             self.stopped = self.world.any(self.signals.received is not None)
         return self.stopped
 
-    def _look(self, assembly: Assembly, update: Step, shares: Shares) -> dict[str, float]:
+    def _look(self, assembly: Assembly, update: Step, shares: Shares, step: int) -> dict[str, float]:
         self._check_finite(assembly, update, shares)
         started = perf_counter()
         # A copy, so that a watch can leave modes, gradients and weights as it likes; generators are seeded by step.
         product = copy.deepcopy(assembly.method.product()).eval() if assembly.ema is None else assembly.ema.module()
         with torch.no_grad():
-            figures = dict(self.watch(assembly.method.presented(product)))
+            figures = dict(self.watch(assembly.method.presented(product), step))
         self.tracker.paused(perf_counter() - started)
         return figures
 

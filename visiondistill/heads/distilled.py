@@ -1,7 +1,7 @@
 """The two classifiers of a student that is built for distillation.
 
 Touvron, Cord, Douze, Massa, Sablayrolles, Jegou: Training data-efficient image transformers and distillation
-through attention, ICML 2021, arXiv 2012.12877.
+through attention, ICML 2021, arXiv 2012.12877; with `HardLabel` on the second one the loss is equation 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Two classifiers on one trunk.
 
 Yang, Zong, Huang, Feng, An: Dual-Head Knowledge Distillation, KDD 2025, arXiv 2411.08937. Mixing both at
-inference: DHO, arXiv 2505.07675.
+inference: Kang, Lee, Jang, Hwang: Simple yet Effective Semi-supervised Knowledge Distillation from Vision-Language
+Models via Dual-Head Optimization (DHO), arXiv 2505.07675, equation 8.
 """
 
 from __future__ import annotations

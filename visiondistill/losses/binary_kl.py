@@ -1,7 +1,8 @@
 """Divergences of logits, class by class.
 
 Yang, Zong, Huang, Feng, An: Dual-Head Knowledge Distillation, KDD 2025, arXiv 2411.08937: BinaryKL and
-BinaryKL-Norm, the latter in closed form.
+BinaryKL-Norm, the latter in closed form. The released code clamps probabilities to [1e-8, 1 - 1e-8] instead, which
+stops the gradient of logits, or of their difference, beyond 18.4 T.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ def binary_kl_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, reduction: Reduction = "mean"
 ) -> Tensor:
     """`T^2 sum_k KL(Bernoulli(sigmoid(t_k / T)) || Bernoulli(sigmoid(s_k / T)))`.
-
-    Computed from log-sigmoids; the released code clamps probabilities to [1e-8, 1 - 1e-8], which stops
-    the gradient for logits beyond 18.4 T.
 
     Args:
         student_logits, teacher_logits: `[B, K]`.

@@ -1,7 +1,7 @@
 """Contrastive representation distillation.
 
-Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, arXiv 1910.10699; noise-contrastive
-estimation with a fixed normaliser, as in the released code.
+Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, arXiv 1910.10699, equation 10 with
+the critic of equation 19; noise-contrastive estimation with a fixed normaliser, as in the released code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Decoupled knowledge distillation.
 
 Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679, equation 7.
+The released code takes 1000 off the target's logit; here its column is left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Matching of intermediate features.
 
 Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015,
-arXiv 1412.6550, equation 3, as a mean over elements.
+arXiv 1412.6550, equation 3, as a mean over elements. The paper trains hints first and labels
+afterwards; as a term it is trained together with the label's loss, as in the comparisons of later papers.
 """
 
 from __future__ import annotations

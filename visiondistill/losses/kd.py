@@ -1,6 +1,7 @@
 """Knowledge distillation on softened probabilities.
 
-Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
+Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2: probabilities as in
+equation 1, and the factor T^2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Norm and direction of features.
 
 Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm and
-Direction, arXiv 2305.17007; as in the released code.
+Direction, arXiv 2305.17007; as in the released code, which divides by 0 where a class's mean feature is 0.
 """
 
 from __future__ import annotations

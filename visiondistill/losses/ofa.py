@@ -1,7 +1,8 @@
 """Target-enhanced cross-entropy of One-for-All distillation.
 
 Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures in
-Knowledge Distillation, NeurIPS 2023, arXiv 2310.19444; the exponent as in the released code.
+Knowledge Distillation, NeurIPS 2023, arXiv 2310.19444; the exponent as in the released code, whose logarithm
+of a softmax is infinite where a probability underflows: here it is a log-softmax.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Plackett-Luce distillation.
 
-Bassam, Zhu, Bian: PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025, arXiv 2506.12542.
+Bassam, Zhu, Bian: PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025, arXiv 2506.12542,
+sections 4.1 and 4.2. No code was released; the paper's appendix lists the loss.
 """
 
 from __future__ import annotations

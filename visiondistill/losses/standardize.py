@@ -1,6 +1,7 @@
 """Logit standardisation.
 
 Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv 2403.01427, algorithm 1.
+The released code's gradient of a constant row is NaN.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ from visiondistill.eval import evaluate
 from visiondistill.eval.plots import INK, RIGHT, WRONG
 from visiondistill.mechanisms.tables import finished, markdown, minus, spread
 
-ARMS = ("ce", "kd", "logits", "both", "dual", "aligned")
-"""Labels; labels and KD; BinaryKL-Norm; labels and BinaryKL-Norm on one classifier, on two, on two with alignment."""
+ARMS = ("ce", "kd", "logits", "both", "both_light", "dual", "aligned")
+"""Labels; labels and KD; BinaryKL-Norm; labels and BinaryKL-Norm on one classifier, on one with a tenth of the weight
+(which tells a conflict from a weight that is too large), on two, on two with alignment."""
 LOSSES, COSINE = ("ce", "logits"), "trunk/cosine"
 PARTS, PART = 4, 128
 """Batches of training images whose cosines are averaged at each look, and images in each, as many as in a step."""
@@ -74,7 +75,7 @@ def measured(arm: str, seed: int, source: Source, teacher: str, folder: Path) ->
     plan = recipes.plan(config, source=source)
     method = plan.stages[0].method
 
-    def watch(product: nn.Module) -> Mapping[str, float]:
+    def watch(product: nn.Module, step: int) -> Mapping[str, float]:
         return {COSINE: cosine(method)} if set(LOSSES) <= set(method.terms) else {}
 
     started = perf_counter()

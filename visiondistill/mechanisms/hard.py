@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from visiondistill.data.glyphs import CANVAS, MARGIN, glyphs
 from visiondistill.engine import Result, train
 from visiondistill.engine.rng import Draw, key
 from visiondistill.eval import evaluate
+from visiondistill.mechanisms.tables import finished, markdown, spread
 
-ARMS = ("none", "shift", "affine", "range", "switch")
+ARMS = ("none", "shift", "half", "affine", "range", "switch")
+"""No shifts; random ones of every image, and of every second one on average; learned ones of every second image."""
 SIDE = 2 * MARGIN + 1
 ENOUGH = 0.1
 """A place is covered that gets this share of what uniform shifts would give it."""
@@ -48,11 +49,15 @@ def main() -> None:
 
 
 def taught(folder: Path) -> nn.Module:
-    """The teacher that the recipes' first stage trains, from its file if it is there."""
+    """The teacher that the recipes' first stage trains, from its file if it is there.
+
+    Raises:
+        KeyboardInterrupt: a signal ended its training.
+    """
     plan = _stage("none", "teacher", {"output_dir": str(folder / "teacher"), "seed": 0}, {})
     file = folder / "teacher.pt"
     if not file.is_file():
-        train(plan.stages, plan.run)
+        _finished(train(plan.stages, plan.run))
         torch.save(plan.stages[0].method.product().state_dict(), file)
     network = plan.stages[0].method.product()
     network.load_state_dict(torch.load(file, weights_only=True))
@@ -60,27 +65,31 @@ def taught(folder: Path) -> nn.Module:
 
 
 def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str, float]:
-    """One run: its accuracies and its coverage, kept in `result.json`."""
+    """One run: its accuracies and its coverage, kept in `result.json`.
+
+    Raises:
+        KeyboardInterrupt: a signal ended it. Its looks at the edits are lost, so that it cannot go on.
+    """
     place = folder / f"{arm}_{seed}"
     file = place / "result.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8"))
     plan = _stage(arm, "student", {"output_dir": str(place), "seed": seed}, {"teacher": teacher})
     method = plan.stages[0].method
     edit = method.parts["augmentor"].edit if isinstance(getattr(method.parts, "augmentor", None), Hard) else None
     looks: list[Tensor] = []
 
-    def watch(product: nn.Module) -> Mapping[str, float]:
+    def watch(product: nn.Module, step: int) -> Mapping[str, float]:
         if edit is not None:
             looks.append(places(edit, len(looks)))
         return {}
 
-    result: Result = train(plan.stages, plan.run, watch=watch)
+    result = _finished(train(plan.stages, plan.run, watch=watch))
     found = _accuracies(result.product.eval())
     if edit is not None:
         found |= {"covered_at_end": covered(looks[-1]), "covered_in_all": covered(torch.stack(looks).sum(0))}
         draw_edits(edit, glyphs(10, seed=key("picture")).columns["image"], place / "edits.png")
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(found), "utf-8")
     return found
 
 
@@ -102,18 +111,15 @@ def covered(counts: Tensor) -> float:
 def table(folder: Path, arms: list[str], seeds: int) -> str:
     """Mean and standard deviation over seeds, in percent, as Markdown."""
     names = ("centred", "shifted", "covered_at_end", "covered_in_all")
-    lines = ["| arm | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for arm in arms:
-        runs = [json.loads((folder / f"{arm}_{seed}" / "result.json").read_text()) for seed in range(seeds)]
-        cells = [_spread([100 * run[name] for run in runs if name in run]) for name in names]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    runs = {arm: finished(folder, arm, range(seeds)) for arm in arms}
+    rows = [[arm, *(spread(found, name, 100, digits=1) for name in names)] for arm, found in runs.items()]
+    return markdown(["arm", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+def _finished(result: Result) -> Result:
+    if result.reason != "finished":
+        raise KeyboardInterrupt(f"{result.reason} in {result.output_dir}: remove the folder to do the run again")
+    return result
 
 
 def _stage(arm: str, stage: str, run: dict[str, Any], given: dict[str, Any]) -> recipes.Plan:

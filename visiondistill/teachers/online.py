@@ -1,4 +1,7 @@
-"""A teacher that learns together with the student."""
+"""A teacher that learns together with the student.
+
+Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384.
+"""
 
 from __future__ import annotations
 

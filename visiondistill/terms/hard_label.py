@@ -1,7 +1,7 @@
 """The teacher's decision as a label.
 
 Touvron, Cord, Douze, Massa, Sablayrolles, Jegou: Training data-efficient image transformers and distillation
-through attention, ICML 2021, arXiv 2012.12877, hard-label distillation.
+through attention, ICML 2021, arXiv 2012.12877, the teacher's part of equation 3.
 """
 
 from __future__ import annotations

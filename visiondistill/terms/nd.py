@@ -20,7 +20,8 @@ class NormDirection(Term):
     The means come from one pass of the teacher over the training images as an evaluation sees
     them (the released code averages over augmented ones, rounded to four decimals); they are kept
     with the run. Where the widths differ, an adapter (batch norm, dropout, linear) is the player
-    `<term>_adapter`: it serves this term alone and is not exported. Mixed labels mix the means.
+    `<term>_adapter`: it serves this term alone and is not exported, and unlike the released one it leaves
+    the student's initial weights as they are. Mixed labels mix the means.
 
     Args:
         dropout: of the adapter, in [0, 1).

@@ -1,4 +1,7 @@
-"""Terms with the roles exchanged."""
+"""Terms with the roles exchanged, as in mutual learning.
+
+Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384.
+"""
 
 from __future__ import annotations
 

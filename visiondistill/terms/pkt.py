@@ -1,7 +1,7 @@
 """Probabilistic knowledge transfer.
 
 Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, arXiv 1803.10837,
-with the cosine kernel, over all pairs of a batch as released.
+with the cosine kernel; as released over all pairs of a batch, while the paper pairs no image with itself.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ class TAID(Term):
 
     After each update, with J the batch's loss: `m <- beta m + (1 - beta) (J_before - J) / J_before`
     and `t <- t + alpha sigmoid(m) (1 - t)`, but at least on the straight line from `start` to `end`
-    over `steps` updates, and at most `end`. Once per update, over all processes and micro-batches.
+    over `steps` updates, and at most `end`. Once per update, over all processes and
+    micro-batches; the released code moves t at each micro-batch.
 
     Args:
         steps: updates after which t has reached `end`.

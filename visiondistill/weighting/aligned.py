@@ -1,7 +1,8 @@
 """Gradient alignment of two groups of terms.
 
 Yang, Zong, Huang, Feng, An: Dual-Head Knowledge Distillation, KDD 2025, arXiv 2411.08937: where the teacher's
-gradient points against the label's, its component along it is taken out.
+gradient points against the label's, its component along it is taken out. As in the released code the vector holds
+every parameter, also the label's own classifier, whose update a conflict therefore lengthens.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Weights of teacher and label by the geometry between student, teacher and truth, learned on validation images.
 
-Hu, Li, Liu, Chen, Wang, Liu: Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge
-Distillation, ICLR 2024 (TGeo-KD). The features are those of the released code (option 3 of its
+Hu, Wu, Li, Ma, Chen, Yan, Wang, Liu: Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge
+Distillation, ICLR 2024, arXiv 2312.15112 (TGeo-KD). The features are those of the released code (option 3 of its
 `state_design`). Its training is not: there the fusion net is evaluated without gradients and stays as
-it was initialised, and its class means are of test images. Here the net learns as the paper says, by
-one virtual step of the student.
+it was initialised, cross-entropies are of probabilities taken for logits, and class means are of test images. Here
+the net learns as the paper says, by one virtual step of the student.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Trilateral(Fixed):
         teacher, truth: the two terms; both have a value per image.
         weights: of the other terms, as of `Fixed`.
         every: steps from one update of the net to the next.
-        virtual_lr: rate of the virtual step, > 0.
+        virtual_lr: rate of the virtual step, > 0. The net's gradient grows in proportion to a small one, which
+            Adam evens out until it is near its epsilon. Too large a step overshoots, and the net learns about a
+            student that there never is: `fusion/val`, the loss after the step, is then far above the student's
+            own on these images, `val/nll` of an evaluation.
         hidden: widths of the net's hidden layers.
         edges: squared differences that it sees, of "st", "sg" and "tg".
         inter_sample: whether it sees class means, and the squared differences to them.
@@ -71,7 +74,7 @@ class Trilateral(Fixed):
         truth: str = "ce",
         weights: Mapping[str, float | Ramp] | None = None,
         every: int = 1,
-        virtual_lr: float = 0.1,
+        virtual_lr: float = 1e-3,
         hidden: Sequence[int] = (32, 16),
         edges: Sequence[str] = EDGES,
         inter_sample: bool = True,
