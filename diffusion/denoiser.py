@@ -77,6 +77,11 @@ class Denoiser(nn.Module):
         self.prediction_type, self.batched_guidance = prediction_type, batched_guidance
         self._taps: dict[str, _Tap] = {}
 
+    @property
+    def sigma_min(self) -> float:
+        """Noise that its clean samples keep, as consistency models' do: that of the boundary form, else 0."""
+        return self.network.sigma_min if isinstance(self.network, EDMPreconditioner) else 0.0
+
     def forward(
         self,
         x_t: Tensor,

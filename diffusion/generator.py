@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.codecs import Codec, Pixels
 from diffusion.conditions import Conditions
-from diffusion.denoiser import Denoiser, EDMPreconditioner
+from diffusion.denoiser import Denoiser
 from diffusion.process import EDMProcess, VPProcess
 from diffusion.samplers import ddim, euler, heun, renoise
 from diffusion.tensors import choose
@@ -36,6 +36,9 @@ class Generator(nn.Module):
     Raises:
         ValueError: an unknown sampler, or guidance without conditions.
     """
+
+    notes: Sequence[str] = ()
+    """What a preflight says of where it comes from."""
 
     def __init__(
         self,
@@ -102,16 +105,11 @@ class Generator(nn.Module):
         times, process = self.times(steps), self.process
 
         def model(x: Tensor, t: Tensor) -> Tensor:
-            return self.denoiser(
-                x, t, condition, guidance_scale=self.guidance_scale, null_condition=null_condition
-            ).x0
+            return self.denoiser(x, t, condition, guidance_scale=self.guidance_scale, null_condition=null_condition).x0
 
         start = process.start(noise, times[0])
         if self.sampler == "student":
-            # The boundary form's samples keep noise of sigma_min, as consistency models' do.
-            network = self.denoiser.network
-            boundary = network.sigma_min if isinstance(network, EDMPreconditioner) else 0.0
-            return renoise(model, start, times, process, noises=noises, sigma_min=boundary)
+            return renoise(model, start, times, process, noises=noises, sigma_min=self.denoiser.sigma_min)
         run = {"ddim": ddim, "euler": euler, "heun": heun}[self.sampler]
         return run(model, start, times, process, prediction_type="x0")
 

@@ -20,6 +20,9 @@ LEVELS = (0.5, 1.0, 2.0)
 CLEAR = 0.7
 """Share of the trivial predictor's error below which a reading of the teacher is plainly right."""
 
+FAR = 2.0
+"""Times the right reading's error: what says eps, read as v, can still beat the trivial predictor."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -44,10 +47,10 @@ class Reading:
         """A line for people.
 
         Raises:
-            SettingsError: as declared it is worse than trivial, as another type it is not.
+            SettingsError: as another type it is plainly right, as declared worse than trivial or far worse than so.
         """
         error, best = self.errors[self.declared], self.best
-        if error >= 1 and self.errors[best] < CLEAR:
+        if self.errors[best] < CLEAR and error >= min(1.0, FAR * self.errors[best]):
             raise SettingsError(
                 f"teacher: read as {self.declared!r}, its error on {self.images} real images is {error:.2f} of the "
                 f"trivial predictor's; read as {best!r} it is {self.errors[best]:.2f}: its prediction type is {best!r}"

@@ -186,10 +186,7 @@ def renoise(
 
     def step(i: int, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         x0 = process.convert(model(x, expand_time(t, x)), x, t, prediction_type, "x0")
-        if i == last:
-            return x0
-        spread = (process.sigma(r) ** 2 - sigma_min**2).clamp(min=0).sqrt()
-        return (lead(process.alpha(r), x) * x0 + lead(spread, x) * _noise(noises, i, x)).to(x.dtype)
+        return x0 if i == last else _noised_again(x0, _noise(noises, i, x), r, process, sigma_min)
 
     return _walk(x, timesteps, step, return_trajectory)
 
@@ -204,6 +201,7 @@ def simulate_student_input(
     *,
     start_noise: Tensor | None = None,
     noises: Sequence[Tensor] | None = None,
+    sigma_min: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The input on which a multi-step student trains at step `exit_step`: DMD2's backward simulation.
 
@@ -216,6 +214,7 @@ def simulate_student_input(
         start_noise: where the simulation starts, at timesteps[0]; default a fresh draw of
             `process.start`.
         noises: exit_step - 1 tensors between the simulated calls; None draws them.
+        sigma_min: as of `renoise`, by which the student will sample.
 
     Returns:
         x_t `[B, ...]` and its times `[B]`, without a graph. Source: Yin et al. 2024 (DMD2).
@@ -230,8 +229,9 @@ def simulate_student_input(
     if exit_step == 0:
         return noise, t
     start = process.start(torch.randn_like(noise), timesteps[0]) if start_noise is None else start_noise
-    x0 = renoise(student, start, timesteps[: exit_step + 1], process, noises=noises)
-    return process.add_noise(x0, noise, timesteps[exit_step]), t
+    x0 = renoise(student, start, timesteps[: exit_step + 1], process, noises=noises, sigma_min=sigma_min)
+    level = as_tensor(timesteps[exit_step], noise.device)
+    return _noised_again(x0, noise, level, process, sigma_min), t
 
 
 def backward_simulation_times(timesteps: Tensor, k: int) -> Tensor:
@@ -266,6 +266,12 @@ def _walk(x: Tensor, timesteps: Times, step: Step, return_trajectory: bool) -> S
         if return_trajectory:
             states.append(x)
     return (x, torch.stack(states)) if return_trajectory else x
+
+
+def _noised_again(x0: Tensor, noise: Tensor, t: Tensor, process: Process, sigma_min: float) -> Tensor:
+    """The path's point at t of an x0 that holds noise of sigma_min already."""
+    spread = (process.sigma(t) ** 2 - sigma_min**2).clamp(min=0).sqrt()
+    return (lead(process.alpha(t), x0) * x0 + lead(spread, x0) * noise).to(x0.dtype)
 
 
 def _velocity(model: Model, x: Tensor, t: Tensor, process: Process, prediction_type: str) -> Tensor:

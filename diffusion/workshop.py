@@ -12,7 +12,7 @@ from torch import nn
 from diffusion.conditions import ClassLabels
 from diffusion.generator import Generator
 from diffusion.preflight import read
-from visiondistill.engine import Method, Result, Watch
+from visiondistill.engine import Result, Watch
 from visiondistill.engine.across import process_count, process_index
 from visiondistill.engine.errors import SettingsError
 from visiondistill.preflight import Preflight, bytes_of, of_run, some_of
@@ -35,34 +35,34 @@ MEASURED = 1000
 class Generators:
     """A `visiondistill.workshop.Workshop` of generators."""
 
+    measured_by = "visiondistill evaluate fd|fid|kid|pr --run"
+
     def preflight(self, plan: Plan, rehearse: bool = True) -> Preflight:
         """Sizes, the teacher's denoising error, and the times at which the student will be sampled.
 
         Raises:
             SettingsError: a teacher that predicts something else than it says, or no room for the checkpoints.
         """
-        method = plan.stages[0].method
-        notes = [*_described(plan), *_measured(plan)]
-        facts = of_run(
+        method, notes = plan.stages[0].method, [*_described(plan), *_measured(plan)]
+        # What later stages make is not known before they are handed what the first one made.
+        if len(plan.stages) == 1:
+            notes += _of_product(method.generator(), rehearse and process_count() == 1)
+        return of_run(
             plan,
             trained=bytes_of(p for p in method.players.parameters() if p.requires_grad),
             frozen=bytes_of(method.frozen.parameters()),
-            notes=(*notes, _times_of(method)),
+            notes=tuple(notes),
         )
-        if rehearse and process_count() == 1:
-            facts = _rehearsed(facts, method)
-        return facts
 
     def watch(self, plan: Plan) -> Watch:
-        """Grids of samples, always from the same noise, in the order of the looks."""
+        """Grids of samples, always from the same noise, by the steps of the run."""
         folder = Path(plan.run.output_dir) / "samples"
 
-        def watch(generator: nn.Module) -> dict[str, float]:
-            if process_index() == 0:
+        def watch(generator: nn.Module, step: int) -> dict[str, float]:
+            if process_index() == 0 and len(generator.shape) >= 3:
                 from diffusion.eval import sample_grid
 
-                number = len(list(folder.glob("*.png"))) if folder.is_dir() else 0
-                sample_grid(generator, folder / f"{number:04d}.png", SHOWN // 8, 8)
+                sample_grid(generator, folder / f"step_{step:09d}.png", SHOWN // 8, 8)
             return {}
 
         return watch
@@ -122,6 +122,7 @@ def _described(plan: Plan) -> list[str]:
                 f"{role}: {size:,} parameters, predicts {denoiser.prediction_type} on "
                 f"{denoiser.process!r}; {generator.steps} steps of {generator.sampler}{guided}"
             )
+            lines += [f"{role}: {note}" for note in generator.notes]
     return lines
 
 
@@ -145,20 +146,14 @@ def _measured(plan: Plan) -> list[str]:
     return [read(teacher, batch["image"], condition).check()]
 
 
-def _times_of(method: Method) -> str:
-    generator = method.generator()
-    shown = ", ".join(f"{t:g}" for t in generator.times().tolist()[:8])
-    more = ", ..." if generator.steps > 7 else ""
-    return f"sampled with {generator.sampler}, {generator.steps} steps at {shown}{more}"
-
-
-def _rehearsed(facts: Preflight, method: Method) -> Preflight:
-    from dataclasses import replace
-
+def _of_product(generator: Generator, rehearse: bool) -> list[str]:
     from diffusion.export import why_not
 
-    reason = why_not(method.generator())
-    return facts if reason is None else replace(facts, notes=(*facts.notes, f"will not be exported: {reason}"))
+    shown = ", ".join(f"{t:g}" for t in generator.times().tolist()[:8])
+    more = ", ..." if generator.steps > 7 else ""
+    lines = [f"sampled with {generator.sampler}, {generator.steps} steps at {shown}{more}"]
+    reason = why_not(generator) if rehearse else None
+    return lines if reason is None else [*lines, f"will not be exported: {reason}"]
 
 
 def _distances(generator: Generator, source: Source, folder: Path) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def merge(base: Config, changes: Config) -> Config:
             merged.pop(name, None)
         elif isinstance(value, dict) and isinstance(old, dict) and _same_class(old, value):
             merged[name] = merge(old, value)
+            if name == "init_args":  # with nothing to remove, null is what the constructor gets
+                merged[name] |= {key: None for key in value if value[key] is None and key not in old}
         else:
             merged[name] = value
     return merged

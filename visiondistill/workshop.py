@@ -28,7 +28,12 @@ class Workshop(Protocol):
 
     A method whose product is no classifier names its own by `Method.workshop`. Networks are what
     `Method.presented` makes of the product.
+
+    Attributes:
+        measured_by: the command that measures a run's product again, up to the run.
     """
+
+    measured_by: str
 
     def preflight(self, plan: Plan, rehearse: bool = True) -> Preflight:
         """Gather the facts of a plan, and refuse what cannot go well.
@@ -56,9 +61,6 @@ class Workshop(Protocol):
             plots: export and draw, too; otherwise figures alone.
         """
         ...
-
-    measured_by: str
-    """The commands that measure its products again."""
 
     def export(
         self,

@@ -14,6 +14,7 @@ from diffusion.conditions import Conditions
 from diffusion.denoiser import Denoiser, Prediction
 from diffusion.generator import Generator
 from diffusion.losses import denoising_loss, edm_loss_weight
+from diffusion.models.latents import Codes
 from diffusion.process import Noised, Process, TimeLaw, block_times
 from visiondistill.engine.method import Batch, Method, Stream
 from visiondistill.engine.rng import Draw
@@ -109,16 +110,19 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser).requires_grad_(True)
 
 
-def only(streams: Mapping[str, Stream] | None, name: str, why: str) -> dict[str, Stream]:
+def only(streams: Mapping[str, Stream] | None, name: str, codec: Codec, why: str) -> dict[str, Stream]:
     """Of all streams the one that a method reads: others are not opened.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: it is missing, or holds codes that another codec made.
     """
     if name not in (streams or {}):
         raise ValueError(
             f"{why} reads the stream {name!r}: name the data (there are {sorted(streams or {}) or 'none'})"
         )
+    held = getattr(streams[name], "data", None)
+    if isinstance(held, Codes):
+        held.require(codec)
     return {name: streams[name]}
 
 

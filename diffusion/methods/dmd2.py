@@ -35,6 +35,7 @@ from diffusion.methods.base import (
     require_same_path,
     trainable_copy,
 )
+from diffusion.models.networks import frozen_copy
 from diffusion.pairs import Pairs
 from diffusion.process import TimeLaw
 from diffusion.samplers import simulate_student_input
@@ -99,6 +100,7 @@ class DMD2(GeneratorMethod):
         fake_score: the critic, a denoiser of the student's samples on the same process; default a
             copy of the teacher's.
         streams: with images (and labels, for conditions) or their codes under "train", for `gan`.
+        teacher_precision: "bf16" keeps the teacher in half the memory; players keep the precision of the original.
         student_every: critic updates per student update, the paper's ratio (5; 10 for SD 1.5).
         alternate: of `student_every` steps the last is the student's alone and the others are the
             critic's, instead of a critic that plays in every step.
@@ -118,8 +120,8 @@ class DMD2(GeneratorMethod):
 
     Raises:
         ValueError: student_every < 1 (2 to alternate), student_steps < 1, guidance without
-            null conditions, a student or critic on another path or of another shape, pairs of
-            another teacher, or `gan` without data.
+            null conditions, a student or critic on another path, of another shape or with weights of
+            another role, a teacher that has no other precision, pairs of another teacher, or `gan` without data.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class DMD2(GeneratorMethod):
         student: Generator | None = None,
         fake_score: Generator | Denoiser | None = None,
         streams: Mapping[str, Stream] | None = None,
+        teacher_precision: Literal["own", "bf16"] = "own",
         student_every: int = 5,
         alternate: bool = False,
         student_steps: int = 1,
@@ -143,6 +146,7 @@ class DMD2(GeneratorMethod):
         regression: Regression | None = None,
     ) -> None:
         choose("critic_space", critic_space, (None, *TARGETS))
+        choose("teacher_precision", teacher_precision, ("own", "bf16"))
         guidance_scale = teacher.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale != 1 and not has_null(teacher.conditions):
             raise ValueError(f"guidance_scale={guidance_scale} needs a teacher with null conditions; 1 switches it off")
@@ -151,7 +155,9 @@ class DMD2(GeneratorMethod):
         players = {
             role: _player(role, own, teacher) for role, own in (("student", student), ("fake_score", fake_score))
         }
-        super().__init__(teacher, players, frozen={"teacher": teacher}, frame_block=frame_block)
+        _require_own_weights(teacher, players)
+        kept = frozen_copy(teacher) if teacher_precision == "bf16" else teacher
+        super().__init__(kept, players, frozen={"teacher": kept}, frame_block=frame_block)
         self.student_every, self.alternate, self.student_steps = student_every, alternate, student_steps
         self.guidance_scale, self.normalize = guidance_scale, normalize
         self.critic_space, self.sigma_data = critic_space or own_space(self.players["fake_score"]), sigma_data
@@ -160,13 +166,13 @@ class DMD2(GeneratorMethod):
         self.critic_times = critic_times or self.process.time_law()
         self.gan, self._pairs = gan, None
         if gan is not None:
-            self.streams |= only(streams, "train", why="the adversarial term")
+            self.streams |= only(streams, "train", teacher.codec, why="the adversarial term")
             self.gan_times = gan.times or self.process.time_law()
             self.players["discriminator"] = self._discriminator()
         if regression is not None:
             # Not the folder: it may move, and what it holds is compared by value.
             self.regression_weight, self.regression_kind = regression.weight, regression.kind
-            self._pairs = Pairs(regression.pairs, teacher)
+            self._pairs = Pairs(regression.pairs, teacher)  # made by the original
             self.streams["pairs"] = self._pairs.stream(regression.batch_size)
 
     @property
@@ -251,7 +257,14 @@ class DMD2(GeneratorMethod):
             return self.generate(x_t, t, condition)
 
         return simulate_student_input(
-            student, noise, self.times, exit_step, self.process, start_noise=start, noises=between
+            student,
+            noise,
+            self.times,
+            exit_step,
+            self.process,
+            start_noise=start,
+            noises=between,
+            sigma_min=self.players["student"].sigma_min,
         )
 
     # --- the turns' losses
@@ -318,3 +331,16 @@ def _player(role: str, given: Generator | Denoiser | None, teacher: Generator) -
         return trainable_copy(teacher.denoiser)
     require_same_path(role, given, teacher)
     return given.denoiser if isinstance(given, Generator) else given
+
+
+def _require_own_weights(teacher: Generator, players: Mapping[str, Denoiser]) -> None:
+    """Adapters may stand on the teacher's weights, which are then not trained."""
+    owners = {id(p): "teacher" for p in teacher.denoiser.parameters()}
+    for role, player in players.items():
+        trained = [p for p in player.parameters() if p.requires_grad] or list(player.parameters())
+        for p in trained:
+            if (owner := owners.setdefault(id(p), role)) != role:
+                raise ValueError(
+                    f"the {role} has weights of the {owner}, so that one could not learn without the other: give "
+                    f"another network, or none (in a recipe `{role}: null`) for a copy of the teacher"
+                )

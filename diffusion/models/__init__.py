@@ -2,12 +2,13 @@
 
 from diffusion.models.folder import Pipeline, open_generator
 from diffusion.models.fresh import Custom, DiT, UNet2D, denoiser_around, vp
-from diffusion.models.latents import cache_latents, open_latents
+from diffusion.models.latents import CachedLatents, cache_latents, open_latents
 from diffusion.models.lora import lora, lora_state
 from diffusion.models.networks import DiffusersNetwork, OwnNetwork, checkpoint_gradients, frozen_copy
 from diffusion.models.prompts import encode_prompts, read_prompts
 
 __all__ = [
+    "CachedLatents",
     "Custom",
     "DiT",
     "DiffusersNetwork",

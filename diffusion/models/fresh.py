@@ -36,9 +36,9 @@ class UNet2D(Generator):
     """A new diffusers UNet2DModel of pixels; the defaults (0.37 M parameters) suit 8x8 to 32x32 pixels on a CPU.
 
     Args:
-        size: of the square images.
-        channels: of the images.
-        num_classes: of class labels, with a null label besides; None: unconditional.
+        input_size: of the square images, (C, H, W); recipes take it from the data.
+        num_classes: of class labels, with a null label besides; None: unconditional, which a recipe must say
+            where its data have classes.
         process: default DDPM's table, `vp()`. On `EDMProcess` the network is preconditioned, in the
             boundary form in which diffusers' consistency scheduler opens it.
         prediction_type: what the network returns; None: "v" on tables, "velocity" on other paths,
@@ -52,13 +52,13 @@ class UNet2D(Generator):
         gradient_checkpointing: recompute activations in backward passes.
 
     Raises:
-        ValueError: a size that the resolutions do not divide, or groups that do not divide a width.
+        ValueError: images that are not square, a size that the resolutions do not divide, or groups that do
+            not divide a width.
     """
 
     def __init__(
         self,
-        size: int,
-        channels: int,
+        input_size: tuple[int, int, int],
         num_classes: int | None = None,
         process: Process | None = None,
         prediction_type: Prediction | None = None,
@@ -74,6 +74,7 @@ class UNet2D(Generator):
     ) -> None:
         from diffusers import UNet2DModel
 
+        channels, size = _square(input_size)
         _check_widths(size, block_out_channels, norm_num_groups)
         levels = len(block_out_channels)
         model = UNet2DModel(
@@ -90,7 +91,7 @@ class UNet2D(Generator):
         )
         super().__init__(
             denoiser_around(model, process or vp(), prediction_type, sigma_data, gradient_checkpointing),
-            (channels, size, size),
+            input_size,
             conditions=None if num_classes is None else ClassLabels(num_classes),
             steps=steps,
             sampler=sampler,
@@ -102,7 +103,7 @@ class DiT(Generator):
     """A new diffusers DiTTransformer2DModel of pixels, conditioned on class labels with a null label besides.
 
     Args:
-        size, channels, num_classes: as of `UNet2D`; this model always has classes.
+        input_size, num_classes: as of `UNet2D`; this model always has classes.
         patch_size: side of a token; divides the size.
         num_layers, num_attention_heads, attention_head_dim: of the transformer.
         process, prediction_type, sigma_data: as of `UNet2D`.
@@ -110,13 +111,12 @@ class DiT(Generator):
         gradient_checkpointing: recompute activations in backward passes.
 
     Raises:
-        ValueError: a size that the patch size does not divide.
+        ValueError: images that are not square, or a size that the patch size does not divide.
     """
 
     def __init__(
         self,
-        size: int,
-        channels: int,
+        input_size: tuple[int, int, int],
         num_classes: int,
         process: Process | None = None,
         prediction_type: Prediction | None = None,
@@ -132,6 +132,7 @@ class DiT(Generator):
     ) -> None:
         from diffusers import DiTTransformer2DModel
 
+        channels, size = _square(input_size)
         if size % patch_size:
             raise ValueError(f"patch_size={patch_size} is not allowed: it must divide size={size}")
         model = DiTTransformer2DModel(
@@ -147,7 +148,7 @@ class DiT(Generator):
         )
         super().__init__(
             denoiser_around(model, process or vp(), prediction_type, sigma_data, gradient_checkpointing),
-            (channels, size, size),
+            input_size,
             conditions=ClassLabels(num_classes),
             steps=steps,
             sampler=sampler,
@@ -225,6 +226,14 @@ def denoiser_around(
         kind = prediction_type or ("v" if isinstance(process, VPProcess) else "velocity")
     denoiser = Denoiser(network, process, kind)
     return checkpoint_gradients(denoiser) if gradient_checkpointing else denoiser
+
+
+def _square(input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Channels and side."""
+    channels, height, width = input_size
+    if height != width:
+        raise ValueError(f"input_size={list(input_size)} is not allowed: images must be square")
+    return channels, height
 
 
 def _check_widths(size: int, widths: Sequence[int], groups: int) -> None:

@@ -9,16 +9,72 @@ from typing import Any
 
 import torch
 
+from diffusion.codecs import Codec
 from diffusion.generator import Generator
 from visiondistill.data import Source, TensorData, in_order
+from visiondistill.data.source import TRAIN
 from visiondistill.engine.state import fingerprint
 
 MANIFEST = ".json"
+CURE = "make it anew: visiondistill store latents --pipeline FOLDER --data.root DIR --file"
+
+
+class Codes(TensorData):
+    """Columns "code" `[N, *shape]` and "label" int64 `[N]` that know which codec made them.
+
+    Args:
+        columns: these.
+        file: where they come from, for messages.
+        codec: its digest.
+    """
+
+    def __init__(self, columns: dict[str, torch.Tensor], file: Path, codec: str) -> None:
+        super().__init__(columns)
+        self.file, self.codec = file, codec
+
+    def require(self, codec: Codec) -> None:
+        """Raises ValueError unless `codec` is the one that made them."""
+        _require(self.file, {"codec": self.codec}, {"codec": digest_of(codec)})
+
+
+class CachedLatents(Source):
+    """Another source whose training images were encoded once; validation and test images stay images.
+
+    Latent generators are then trained without an encoder's pass per step. Every epoch sees the same
+    codes: images as an evaluation sees them, not cut at random. Codes of another VAE than the
+    generator's are refused by the method that reads them.
+
+    Args:
+        source: the whole set.
+        file: what `visiondistill store latents` wrote of its training images.
+
+    Raises:
+        ValueError: a file or manifest that is missing or damaged, or of other images.
+    """
+
+    def __init__(self, source: Source, file: str) -> None:
+        codes = _read(Path(file), _images(source, TRAIN))
+        train = source.split(TRAIN)._replace(data=codes)
+        splits = {name: source.split(name) for name in source.splits} | {TRAIN: train}
+        note = f"train: latents of {len(codes)} images from {file}"
+        self._source, self._codec = source, codes.codec
+        super().__init__(splits, source.classes, source.input_size, 0, 0, notes=[note])
+
+    def train(self) -> Any:
+        return self._source.train()
+
+    @property
+    def crop(self) -> dict[str, Any]:
+        return self._source.crop
+
+    @property
+    def _how(self) -> str:
+        return f"{self._source._how}{self._codec}"
 
 
 def cache_latents(
-    generator: Generator, source: Source, path: str | Path, *, split: str = "train", batch_size: int = 32
-) -> TensorData:
+    generator: Generator, source: Source, path: str | Path, *, split: str = TRAIN, batch_size: int = 32
+) -> Codes:
     """Encode a split once by a generator's codec and keep the codes with their labels.
 
     Writes `path` (safetensors with "code" `[N, *shape]` and "label" `[N]`) and beside it a manifest
@@ -55,41 +111,52 @@ def cache_latents(
     # The manifest last: without it the file is not opened.
     unfinished.replace(path)
     Path(f"{path}{MANIFEST}").write_text(json.dumps(made_of | {"sha256": sums}, indent=1), "utf-8")
-    return TensorData(columns)
+    return Codes(columns, path, made_of["codec"])
 
 
-def open_latents(path: str | Path, generator: Generator, source: Source, *, split: str = "train") -> TensorData:
+def open_latents(path: str | Path, generator: Generator, source: Source, *, split: str = TRAIN) -> Codes:
     """What `cache_latents` wrote, if it was made by this codec of these images.
 
     Raises:
         ValueError: a file or manifest that is missing or damaged, another codec, or other images.
     """
-    from safetensors.torch import load_file
-
-    path, manifest = Path(path), Path(f"{path}{MANIFEST}")
-    for file in (path, manifest):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: cache the latents again")
-    stored = json.loads(manifest.read_text("utf-8"))
-    for name, value in identity(generator, source, split).items():
-        if stored.get(name) != value:
-            raise ValueError(
-                f"{path} was made with another {name} ({stored.get(name)}, now {value}): cache the latents again"
-            )
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != stored["sha256"]:
-            raise ValueError(f"{path} is damaged: its sha256 is not the one in {manifest}. Cache the latents again")
-    return TensorData(load_file(path))
+    return _read(Path(path), identity(generator, source, split))
 
 
 def identity(generator: Generator, source: Source, split: str) -> dict[str, Any]:
     """What codes depend on: the images and labels, the codec's weights and settings, the shape of a code."""
-    codec, held = generator.codec, source.split(split)
+    return _images(source, split) | {"codec": digest_of(generator.codec), "shape": list(generator.shape)}
+
+
+def digest_of(codec: Codec) -> str:
+    """Of a codec's settings and weights."""
+    return hashlib.sha256(f"{codec!r}{fingerprint(codec.state_dict())}".encode()).hexdigest()
+
+
+def _images(source: Source, split: str) -> dict[str, Any]:
+    held = source.split(split)
     # Sources of files know their files' digests; of tensors in memory the tensors themselves are asked.
     pixels = fingerprint(held.data.columns) if held.digest is None and isinstance(held.data, TensorData) else ""
-    return {
-        "data": hashlib.sha256(f"{source.stream(1, split=split).contents}{pixels}".encode()).hexdigest(),
-        "split": split,
-        "codec": hashlib.sha256(f"{codec!r}{fingerprint(codec.state_dict())}".encode()).hexdigest(),
-        "shape": list(generator.shape),
-    }
+    contents = source.stream(1, split=split).contents
+    return {"data": hashlib.sha256(f"{contents}{pixels}".encode()).hexdigest(), "split": split}
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> Codes:
+    from safetensors.torch import load_file
+
+    manifest = Path(f"{path}{MANIFEST}")
+    for file in (path, manifest):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {CURE} {path}")
+    stored = json.loads(manifest.read_text("utf-8"))
+    _require(path, stored, wanted)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != stored["sha256"]:
+            raise ValueError(f"{path} is damaged: its sha256 is not the one in {manifest}; {CURE} {path}")
+    return Codes(load_file(path), path, stored["codec"])
+
+
+def _require(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            raise ValueError(f"{path} was made with another {name} ({stored.get(name)}, now {value}); {CURE} {path}")

@@ -87,7 +87,15 @@ def frozen_copy(generator: Generator, dtype: torch.dtype = torch.bfloat16) -> Ge
     """A teacher whose denoiser is a copy in another precision that only predicts: half of float32's memory.
 
     The copy is as exact as `dtype`; make students of the original.
+
+    Raises:
+        ValueError: a network that is not of diffusers and need not convert what it is given.
     """
+    if not any(isinstance(part, DiffusersNetwork) for part in generator.denoiser.modules()):
+        raise ValueError(
+            f"{type(inner_model(generator.denoiser)).__name__} is no network of diffusers and may not convert what it "
+            f"is given to {str(dtype).removeprefix('torch.')}: leave the teacher in its own precision"
+        )
     denoiser = copy.deepcopy(generator.denoiser).to(dtype).eval().requires_grad_(False)
     return with_denoiser(generator, denoiser)
 

@@ -288,7 +288,7 @@ def of_diffusers(name: str) -> DMD2:
 
     own, tap = NETWORKS[name]
     streams = {"train": Stream(small_images(size=8), ROWS)}
-    return DMD2(getattr(models, name)(8, 1, num_classes=CLASSES, **own), streams=streams, gan=GAN(taps=[tap]))
+    return DMD2(getattr(models, name)((1, 8, 8), num_classes=CLASSES, **own), streams=streams, gan=GAN(taps=[tap]))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

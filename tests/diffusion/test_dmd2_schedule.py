@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SHAPE, SmallUNet, play, prepared, small_denoiser, small_generator, small_streams, weights
+from small import SHAPE, SmallUNet, play, prepared, small_denoiser, small_draw, small_generator, small_streams, weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.critics import GAN
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, EDMPreconditioner
 from diffusion.generator import Generator
 from diffusion.methods.dmd2 import DMD2
 from diffusion.process import EDMProcess, FlowProcess, VPProcess
@@ -181,3 +181,40 @@ def test_the_first_latent_has_the_scale_of_its_time(max_t: float):
 def test_what_does_not_fit_the_teacher_is_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DMD2(small_generator(), **options)
+
+
+# --- training and sampling walk one path
+
+
+def test_students_of_the_boundary_form_train_on_what_they_will_sample():
+    """At noise levels near sigma_min, so that leaving it out shows."""
+    torch.manual_seed(0)
+    process = EDMProcess(sigma_min=0.5, sigma_max=2.0)
+    denoiser = Denoiser(EDMPreconditioner(SmallUNet().double(), sigma_min=0.5), process, "x0")
+    m = DMD2(Generator(denoiser, SHAPE), student_steps=3)
+    exits, seen = set(), []
+    watched = m.generator(Denoiser(Watched(m.players["student"].network, seen), process, "x0"))
+    for step in range(12):
+        draw = small_draw(step)
+        x_t, t = m._student_input(draw, None)
+        at = m.times.index(t[0].item())
+        noise = draw.normal("input/noise", *SHAPE)
+        first = noise if at == 0 else draw.normal("input/start", *SHAPE)
+        between = [draw.normal(f"input/renoise_{i}", *SHAPE) for i in range(max(at - 1, 0))]
+        seen.clear()
+        watched.sample(first, noises=[*between, noise, noise][:2])
+        assert torch.equal(seen[at], x_t)
+        exits.add(at)
+    assert exits == {0, 1, 2}
+
+
+class Watched(EDMPreconditioner):
+    """A preconditioned network whose inputs are kept."""
+
+    def __init__(self, network: EDMPreconditioner, seen: list[torch.Tensor]) -> None:
+        super().__init__(network.network, network.sigma_data, network.sigma_min)
+        self.seen = seen
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: object = None) -> torch.Tensor:
+        self.seen.append(x_t)
+        return super().forward(x_t, t, condition)

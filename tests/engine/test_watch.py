@@ -21,7 +21,7 @@ def run(name: str, folder: Path, watch: Watch | None, steps: int = 20, **setting
     return outcome
 
 
-def disturb(product: nn.Module) -> dict[str, float]:
+def disturb(product: nn.Module, step: int) -> dict[str, float]:
     """The rudest look there is."""
     product.train().requires_grad_(True)
     with torch.enable_grad():
@@ -45,20 +45,26 @@ def test_the_run_is_the_same_without_looking(name: str, tmp_path: Path) -> None:
 
 
 def test_looks_come_when_they_are_due_and_at_the_end_of_each_stage(tmp_path: Path) -> None:
-    outcome = run("stages", tmp_path, disturb, evaluate_every=3, log_every=4)
+    told = []
+
+    def watch(product: nn.Module, step: int) -> dict[str, float]:
+        told.append(step)
+        return disturb(product, step)
+
+    outcome = run("stages", tmp_path, watch, evaluate_every=3, log_every=4)
     stages, _ = MINIATURES["stages"](0, 20)
     due, before = [], 0
     for stage in stages:
         due += [before + step for step in range(1, stage.steps + 1) if step % 3 == 0 or step == stage.steps]
         before += stage.steps
-    assert [line["step"] for line in outcome.history if "val/score" in line] == due
+    assert [line["step"] for line in outcome.history if "val/score" in line] == told == due
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_the_averaged_weights_are_looked_at_where_there_are_such(decay: float | None, tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
-    def watch(product: nn.Module) -> dict[str, float]:
+    def watch(product: nn.Module, step: int) -> dict[str, float]:
         assert not any(part.training for part in product.modules())
         assert not torch.is_grad_enabled()
         seen.append({name: tensor.clone() for name, tensor in product.state_dict().items()})
@@ -74,7 +80,7 @@ def test_the_averaged_weights_are_looked_at_where_there_are_such(decay: float | 
 
 
 def test_no_look_without_a_period(tmp_path: Path) -> None:
-    def watch(product: nn.Module) -> dict[str, float]:
+    def watch(product: nn.Module, step: int) -> dict[str, float]:
         raise AssertionError("nobody asked for it")
 
     run("hint", tmp_path, watch)

@@ -293,7 +293,7 @@ def duel(job: Job) -> int:
 
     def play(words: list[str]) -> int:
         run = Run(output_dir=job.folder, **main_settings() | job.settings)
-        watch = (lambda product: reached("look") or {}) if run.evaluate_every else None
+        watch = (lambda product, step: reached("look") or {}) if run.evaluate_every else None
         result = train(duel_stages(job), run, config="a: recipe\n", watch=watch)
         print(f"{result.reason} after step {result.step}")
         return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
@@ -325,7 +325,7 @@ def soak(job: Job) -> int:
     method = Taught(built(0, lambda: TinyNet(norm="batch", dropout=0.2)), Stream(data, BATCH, workers=job.workers))
     samples = []
 
-    def watch(product: nn.Module) -> dict[str, float]:
+    def watch(product: nn.Module, step: int) -> dict[str, float]:
         samples.append(resources())
         return {}
 

@@ -146,7 +146,7 @@ def test_and_with_more_memory_to_the_bit(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_looking_and_trying_are_told_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from visiondistill.engine import train as engine_train
 
-    def look(product: torch.nn.Module) -> dict[str, float]:
+    def look(product: torch.nn.Module, step: int) -> dict[str, float]:
         raise FAILURES["device"]
 
     stages, settings = MINIATURES["hint"](0, 4)
@@ -154,7 +154,7 @@ def test_looking_and_trying_are_told_alike(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(OutOfMemory, match=r"run\.batch_size=8"):
         engine_train(stages, run, watch=look)
 
-    monkeypatch.setattr(engine_trial, "_measured", lambda *arguments: look(None))
+    monkeypatch.setattr(engine_trial, "_measured", lambda *arguments: look(None, 0))
     with pytest.raises(OutOfMemory, match=r"run\.batch_size=8"):
         engine_trial.fastest(stages[0], run, 4)
 

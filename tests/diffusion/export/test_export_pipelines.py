@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def unet(classes: int | None = None, process=None, kind: str | None = None, channels: int = 3, **kw) -> UNet2D:
     torch.manual_seed(0)
-    return UNet2D(8, channels, classes, process, kind, block_out_channels=(16, 16), **kw)
+    return UNet2D((channels, 8, 8), classes, process, kind, block_out_channels=(16, 16), **kw)
 
 
 def student(teacher: Generator, steps: int) -> Generator:
@@ -283,7 +283,7 @@ def test_what_no_pipeline_can_say_is_refused_with_the_cure(tmp_path):
         r"guides: export with guidance_scale=1, not 2.0": unet(3, guidance_scale=2.0, steps=2),
         r"'heun' on EDMProcess": unet(process=EDMProcess(), steps=2),
         r"'student' on TrigProcess": student(unet(process=TrigProcess()), 1),
-        r"DiTPipeline decodes latents": student(DiT(8, 3, 3, num_layers=1), 1),
+        r"DiTPipeline decodes latents": student(DiT((3, 8, 8), 3, num_layers=1), 1),
         r"Linear is no network of a diffusers pipeline": Custom(nn.Linear(4, 4), (3, 4, 4), vp(), "eps"),
         r"prediction_type='x0' on the linear path": student(unet(process=FlowProcess(), kind="x0"), 1),
     }

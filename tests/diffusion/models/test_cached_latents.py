@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from diffusion.codecs import Latents, Pixels
+from diffusion.critics import GAN
 from diffusion.denoiser import Denoiser
 from diffusion.generator import Generator
-from diffusion.models import cache_latents, open_latents
+from diffusion.methods import DMD2, Denoising
+from diffusion.models import CachedLatents, cache_latents, open_generator, open_latents
 from diffusion.process import FlowProcess
-from visiondistill.data import Source, TensorData
-from visiondistill.data.source import Split
+from visiondistill import recipes
+from visiondistill.data import Pruned, Source, Split, TensorData
+from visiondistill.engine import Optim, Run, Stage, train
+from visiondistill.schema import RecipeError
 
 
 def generator(seed: int = 0, **kw) -> Generator:
@@ -27,7 +31,19 @@ def source(seed: int = 0, size: int = 16) -> Source:
     pixels = torch.rand(7, 3, size, size, generator=torch.Generator().manual_seed(seed))
     label = torch.arange(7) % 2
     data = Split(TensorData({"image": pixels, "label": label}), label)
-    return Source({"train": data}, ("a", "b"), (3, size, size), val_fraction=0, test_fraction=0)
+    return Source({"train": data, "val": data}, ("a", "b"), (3, size, size), test_fraction=0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A latent pipeline with two classes."""
+    return folders.dit(tmp_path_factory.mktemp("pipeline") / "dit", classes=2)
+
+
+def losses(method: Denoising | DMD2, folder: Path) -> list[dict[str, float]]:
+    run = Run(str(folder), 4, log_every=1, progress=False, device="cpu", proof_window=0)
+    history = train([Stage(method, 3, {"default": Optim("adam", lr=1e-3)})], run).history
+    return [{name: value for name, value in line.items() if "/" in name} for line in history]
 
 
 def test_they_are_the_codecs_and_are_opened_by_what_made_them(tmp_path):
@@ -53,7 +69,7 @@ def test_they_are_the_codecs_and_are_opened_by_what_made_them(tmp_path):
 def test_another_model_or_other_images_are_refused(tmp_path, model, data, told):
     file = tmp_path / "latents.safetensors"
     cache_latents(generator(), source(), file)
-    with pytest.raises(ValueError, match=rf"latents\.safetensors was made with {told}.*cache the latents again"):
+    with pytest.raises(ValueError, match=rf"latents\.safetensors was made with {told}.*make it anew"):
         open_latents(file, generator(**model), source(**data))
 
 
@@ -84,3 +100,72 @@ def test_the_manifest_tells_ranges_of_pixels_apart(tmp_path):
         cache_latents(made, source(), tmp_path / "pixels.safetensors")
         told.append(json.loads((tmp_path / "pixels.safetensors.json").read_text())["codec"])
     assert told[0] != told[1]
+
+
+# --- as data
+
+
+def test_training_images_are_codes_and_all_others_images(tmp_path):
+    file = tmp_path / "latents.safetensors"
+    made = cache_latents(generator(), source(), file)
+    cached = CachedLatents(source(), str(file))
+    (batch,) = next(cached.stream(4).open(0, [(0, 4)], 0))
+    assert set(batch) == {"code", "label", "index"}
+    assert torch.equal(batch["code"], made.columns["code"][batch["index"]])
+    (images,) = next(cached.stream(4, split="val").open(0, [(0, 4)], 0))
+    assert images["image"].shape == (4, 3, 16, 16)
+    assert torch.equal(cached.train().columns["image"], source().train().columns["image"]), "to be evaluated"
+    assert (cached.classes, cached.input_size, cached.crop) == (("a", "b"), (3, 16, 16), source().crop)
+    assert f"train: latents of 7 images from {file}" in cached.describe().lines()
+    contents = {data.stream(4).contents for data in (source(), cached)}
+    cache_latents(generator(1), source(), file)
+    assert len(contents | {CachedLatents(source(), str(file)).stream(4).contents}) == 3, "a resumed run must have these"
+
+
+@pytest.mark.parametrize("name", ["denoising", "dmd2"])
+def test_a_run_is_the_same_with_and_without_them(tmp_path, pipeline, name):
+    file, histories = tmp_path / "latents.safetensors", []
+    cache_latents(open_generator(pipeline), source(), file)
+    for place, data in enumerate((source(), CachedLatents(source(), str(file)))):
+        teacher, streams = open_generator(pipeline), {"train": data.stream(4)}
+        torch.manual_seed(0)
+        gan = GAN(taps=["transformer_blocks.1"])
+        made = Denoising(teacher, streams) if name == "denoising" else DMD2(teacher, streams=streams, gan=gan)
+        histories.append(losses(made, tmp_path / str(place)))
+    plain, cached = histories
+    assert len(plain) == 3
+    for one, other in zip(plain, cached, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_other_images_are_refused_when_the_data_are_built(tmp_path):
+    file = tmp_path / "latents.safetensors"
+    cache_latents(generator(), source(), file)
+    told = rf"made with another data.*visiondistill store latents --pipeline .*--file {file}"
+    with pytest.raises(ValueError, match=told):
+        CachedLatents(source(1), str(file))
+    with pytest.raises(ValueError, match=r"nothing\.safetensors is missing; make it anew: visiondistill store latents"):
+        CachedLatents(source(), str(tmp_path / "nothing.safetensors"))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Pruned(data, 0.5)], ids=["whole", "pruned"])
+@pytest.mark.parametrize("method", [Denoising, lambda teacher, streams: DMD2(teacher, streams=streams, gan=GAN())])
+def test_another_codec_is_refused_by_the_method_that_reads_them(tmp_path, pipeline, method, wrap):
+    file = tmp_path / "latents.safetensors"
+    cache_latents(generator(scaling_factor=0.5), source(), file)
+    streams = {"train": wrap(CachedLatents(source(), str(file))).stream(4)}
+    told = rf"made with another codec.*visiondistill store latents --pipeline .*--file {file}"
+    with pytest.raises(ValueError, match=told):
+        method(open_generator(pipeline), streams)
+    DMD2(open_generator(pipeline), streams=streams)  # it reads none
+
+
+def test_a_recipe_names_the_whole_set_and_the_file(tmp_path, pipeline):
+    digits = {"class_path": "visiondistill.data.EmbeddedDigits"}
+    file = tmp_path / "latents.safetensors"
+    node = {"class_path": "diffusion.models.CachedLatents", "init_args": {"source": digits, "file": str(file)}}
+    with pytest.raises(RecipeError, match=r"data: .*latents\.safetensors is missing"):
+        recipes.source_of({"data": node})
+    eight = Generator(Denoiser(torch.nn.Identity(), FlowProcess()), (1, 8, 8))
+    cache_latents(eight, recipes.source_of({"data": digits}), file)
+    assert recipes.source_of({"data": node}).input_size == (1, 8, 8)

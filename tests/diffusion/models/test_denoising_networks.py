@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
+from mnist_ddpm import digits, published, published_path
 from torch import nn
 
 from diffusion.conditions import ClassLabels
@@ -21,7 +21,7 @@ SMALL = {"block_out_channels": (16, 16)}
 
 def unet(**kw) -> UNet2D:
     torch.manual_seed(0)
-    return UNet2D(8, 1, **SMALL | kw)
+    return UNet2D((1, 8, 8), **SMALL | kw)
 
 
 # --- the adapter
@@ -142,7 +142,7 @@ def test_a_bf16_copy_keeps_the_callers_precision_and_leaves_the_original():
 
 def test_dit_drops_no_labels_of_its_own_while_it_trains():
     torch.manual_seed(0)
-    denoiser = DiT(8, 1, 3, num_layers=1).denoiser.train()
+    denoiser = DiT((1, 8, 8), 3, num_layers=1).denoiser.train()
     nn.init.normal_(denoiser.network.model.proj_out_2.weight)
     x, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 3
     assert torch.equal(denoiser(x, 5, labels).value, denoiser(x, 5, labels).value)
@@ -173,21 +173,23 @@ def test_new_generators_make_images_on_every_path(process, classes):
 
 def test_sizes_and_widths_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="size=6 is not allowed: 3 widths halve it 2 times"):
-        UNet2D(6, 1, block_out_channels=(16, 16, 16))
+        UNet2D((1, 6, 6), block_out_channels=(16, 16, 16))
     with pytest.raises(ValueError, match="size=4 is not allowed"):  # the last map would have one pixel
-        UNet2D(4, 1, block_out_channels=(16, 16, 16))
+        UNet2D((1, 4, 4), block_out_channels=(16, 16, 16))
     with pytest.raises(ValueError, match="norm_num_groups=8 is not allowed: it must divide"):
-        UNet2D(8, 1, block_out_channels=(12, 16))
+        UNet2D((1, 8, 8), block_out_channels=(12, 16))
     with pytest.raises(ValueError, match="patch_size=3 is not allowed"):
-        DiT(8, 1, 3, patch_size=3)
+        DiT((1, 8, 8), 3, patch_size=3)
+    for network in (UNet2D, DiT):
+        with pytest.raises(ValueError, match=r"input_size=\[1, 8, 4\] is not allowed: images must be square"):
+            network((1, 8, 4), num_classes=3)
 
 
 def test_a_recipe_names_them_with_their_process():
     node = {
         "class_path": "diffusion.models.UNet2D",
         "init_args": {
-            "size": 8,
-            "channels": 1,
+            "input_size": [1, 8, 8],
             "block_out_channels": [16, 16],
             "process": {"class_path": "diffusion.models.vp", "init_args": {"schedule": "squaredcos_cap_v2"}},
         },
@@ -228,56 +230,18 @@ def test_anyones_network_gets_its_own_time_range_and_weights(tmp_path):
         Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
 
 
-class Talberg(nn.Module):
-    """The published MNIST model's own class: `gt` is its network, beside its tables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gt = nn.Module()
-        self.gt.register_buffer("frequencies", torch.zeros(16))
-        widths = (1, 16, 32, 32, 16)
-        blocks = []
-        for inner, outer in pairwise(widths):
-            block = nn.Module()
-            block.net = nn.Sequential(nn.Conv2d(inner, outer, 7, padding=3), nn.LayerNorm((outer, 28, 28)), nn.GELU())
-            blocks.append(block)
-        self.gt.blocks = nn.ModuleList([*blocks, nn.Conv2d(16, 1, 3, padding=1)])
-        layers = [nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
-        self.gt.time_embed = nn.Sequential(*layers, nn.Linear(128, 16))
-        self.register_buffer("beta_t", torch.zeros(1001))
-        self.register_buffer("alpha_t", torch.zeros(1001))
-
-    def forward(self, x, t):
-        angle = t[:, None] * self.gt.frequencies
-        code = self.gt.time_embed(torch.cat([angle.sin(), angle.cos() - 1], 1))[:, :, None, None]
-        x = self.gt.blocks[0].net(x) + code
-        for block in self.gt.blocks[1:-1]:
-            x = block.net(x)
-        return self.gt.blocks[-1](x)
-
-
 def test_a_published_model_of_another_class_denoises_as_its_author_says(shared_dir):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    from io import BytesIO
-
-    import numpy as np
-    from PIL import Image
-
-    weights = shared_dir / "data/weights/mnist_ddpm/ddpm_mnist.pth"
-    table = parquet.read_table(next((shared_dir / "data/mnist").glob("test*.parquet"))).slice(0, 32).to_pylist()
-    pixels = np.stack([np.asarray(Image.open(BytesIO(row["image"]["bytes"]))) for row in table])
-    process = vp("linear", 1e-4, 0.02, 1001)
-    teacher = Custom(Talberg(), (1, 28, 28), process, "eps", 0.001, -0.5, 0.5, weights=str(weights))
+    teacher, process = published(shared_dir), published_path()
     torch.testing.assert_close(
         teacher.denoiser.network.model.alpha_t.double(), process.alphas_cumprod, rtol=1e-4, atol=0
     )
-    x0 = teacher.codec.encode(torch.from_numpy(pixels)[:, None] / 255)
+    x0 = teacher.codec.encode(digits(shared_dir, 32) / 255)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     # Mean squared errors of the noise that stand beside the file.
-    for t, published in {50: 0.061, 200: 0.029, 500: 0.0054, 900: 0.0008}.items():
+    for t, told in {50: 0.061, 200: 0.029, 500: 0.0054, 900: 0.0008}.items():
         with torch.no_grad():
             error = (teacher.denoiser(process.add_noise(x0, noise, t), t).eps - noise).square().mean().item()
-        assert error == pytest.approx(published, rel=0.1)
+        assert error == pytest.approx(told, rel=0.1)
 
 
 # --- LoRA
