@@ -55,14 +55,16 @@ def shrunk(name: str, place: Path, output: Path) -> dict[str, Any]:
     if "teacher" in config:
         changes |= {"teacher.folder": str(place / "teacher"), "teacher.num_classes": 2}
     if "student" in config:
-        changes |= {"student.size": SIZE} | {f"student.{key}": value for key, value in SMALL.items()}
+        changes |= {f"student.{key}": value for key, value in SMALL.items()}
     if "regression" in config["method"]["init_args"]:
         changes |= {"method.regression.pairs": str(place / "pairs"), "method.regression.batch_size": ROWS}
     return recipes.override(config, changes)
 
 
 def test_every_recipe_of_a_generator_is_tried_here():
-    assert {name for name in recipes.names() if "diffusion.methods" in recipes.dump(recipes.load(name))} == set(TERMS)
+    measured = "measured/"  # those run in `test_fashion16` and `test_diffusion_demo`
+    ours = {name for name in recipes.names() if "diffusion.methods" in recipes.dump(recipes.load(name))}
+    assert {name for name in ours if not name.startswith(measured)} == set(TERMS)
 
 
 @pytest.mark.parametrize("name", TERMS)

@@ -1,0 +1,1 @@
+"""What methods for generators claim to do, measured: each module is a command."""
