@@ -54,7 +54,9 @@ def is_ours(words: list[str]) -> bool:
 
 
 OURS = [words[1:] for words in commands() if is_ours(words)]
-TRAININGS = [words for words in OURS if words[0] == "train"]
+OF_GENERATORS = ("denoising", "dmd2")
+TRAININGS = [words for words in OURS if words[0] == "train" and words[2] not in OF_GENERATORS]
+GENERATORS = [words for words in OURS if words[0] == "train" and words[2] in OF_GENERATORS]
 KINDS = [words for words in commands() if not is_ours(words)]
 
 
@@ -100,6 +102,7 @@ def short(words: list[str]) -> list[str]:
 
 
 def test_the_readme_has_what_these_tests_look_for():
+    assert [words[words.index("--recipe") + 1] for words in GENERATORS] == list(OF_GENERATORS)
     assert len(TRAININGS) == 2
     assert [words[words.index("--recipe") + 1] for words in TRAININGS] == ["finetune", "kd"]
     assert len(blocks("python")) == 1
@@ -145,6 +148,28 @@ def test_the_trainings_run_as_one_chain(trained: list[Path]):
         assert {"config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "evaluation", "export"} <= found
     teacher = recipes.load(distilled / "config.yaml")["teacher"]["init_args"]["name"]
     assert Path(teacher.removeprefix("local-dir:")).resolve() == finetuned / "export"
+
+
+def test_the_chain_of_generators(place: Path, capsys: pytest.CaptureFixture):
+    tiny = [
+        "--student.block_out_channels",
+        "[8, 16]",
+        "--student.norm_num_groups",
+        "4",
+        "--student.layers_per_block",
+        "1",
+    ]
+    for words in GENERATORS:
+        more = [*short(words), "--data.size", "8", *(tiny if "denoising" in words else [])]
+        assert cli.main([*words, *more]) == 0, words
+    (measured,) = [words for words in OURS if words[0] == "evaluate"]
+    assert cli.main([*measured, "--extractor", "random", "--count", "8"]) == 0
+    assert "fd_random" in capsys.readouterr().out
+    (line,) = spans("DiffusionPipeline.")
+    from diffusers import DiffusionPipeline
+
+    images = eval(line, {"DiffusionPipeline": DiffusionPipeline}).images
+    assert images[0].size == (8, 8)
 
 
 def test_the_export_opens_by_the_readmes_line(trained: list[Path]):
