@@ -131,12 +131,15 @@ def store_latents(words: list[str]) -> int:
     chosen = options_of(words, store_latents, options, dotted=("data", "generator"))
     if chosen is None:
         return 0
+    from diffusion.codecs import Pixels
     from diffusion.models import cache_latents
     from diffusion.subject import generator_of, source_of
     from visiondistill.schema import RecipeError
 
     file = _named(chosen, "file", "FILE")
     generator = generator_of(chosen["run"], chosen["pipeline"], chosen["changes"])
+    if isinstance(generator.codec, Pixels):
+        raise RecipeError("this generator works on pixels: it has no VAE, and there is nothing to encode")
     source = source_of(chosen["run"], chosen["changes"])
     try:
         kept = cache_latents(

@@ -34,8 +34,11 @@ class Generator(nn.Module):
         guidance_scale: of sampling; 1 is off.
 
     Raises:
-        ValueError: an unknown sampler, or guidance without conditions.
+        ValueError: an unknown sampler, one that the path does not have, or guidance without conditions.
     """
+
+    finetune_command = "visiondistill train --recipe denoising --data.root DIR --data.size N"
+    """Makes a teacher of other classes. (A label table with a null label besides: say num_classes.)"""
 
     notes: Sequence[str] = ()
     """What a preflight says of where it comes from."""
@@ -59,6 +62,8 @@ class Generator(nn.Module):
         self.shape, self.conditions = tuple(shape), conditions
         self.steps, self.guidance_scale = steps, guidance_scale
         self.sampler = _usual(denoiser) if sampler == "auto" else sampler
+        if self.sampler in ("euler", "heun") and isinstance(denoiser.process, VPProcess):
+            raise ValueError(f"sampler={sampler!r} needs continuous time, which a table has not: ddim samples it")
 
     @property
     def process(self) -> Any:

@@ -85,7 +85,7 @@ class Pairs:
     def __init__(self, path: str | Path, teacher: Generator) -> None:
         folder = Path(path)
         if not (folder / MANIFEST).exists():
-            raise ValueError(f"{folder} holds no pairs ({MANIFEST} is missing): make them with `store_pairs`")
+            raise ValueError(f"{folder} holds no pairs ({MANIFEST} is missing): visiondistill store pairs makes them")
         manifest, identity = _read(folder), _identity(teacher)
         _require_equal(folder, {name: manifest["made"].get(name) for name in identity}, identity)
         blocks = []

@@ -26,11 +26,12 @@ def generator_of(run: str | None, pipeline: str | None, changes: recipes.Config)
 
     if (run is None) == (pipeline is None):
         raise recipes.RecipeError("name a generator: --run FOLDER, or --pipeline FOLDER")
+    folder = Path(pipeline) if run is None else Path(run) / "export"
     try:
-        return open_generator(Path(pipeline) if run is None else Path(run) / "export", **_below("generator.", changes))
+        return open_generator(folder, **_below("generator.", changes))
     except (TypeError, ValueError) as error:
-        cure = "" if run is None else f"; visiondistill export --run {run} makes one"
-        raise SettingsError(f"{error}{cure}") from error
+        makes = f"; visiondistill export --run {run} makes one"
+        raise SettingsError(f"{error}{'' if run is None or folder.is_dir() else makes}") from error
 
 
 def source_of(run: str | None, changes: recipes.Config) -> Source:

@@ -76,15 +76,15 @@ class Generators:
         folder, metrics, exported = result.output_dir, {}, None
         if process_index():
             return metrics, exported
-        if plan.source is not None and len(network.shape) == 3:
+        if plan.source is not None and len(network.shape) == 3 and _enough(plan.source):
             metrics = _distances(network, plan.source, folder)
         if plots:
-            teacher = getattr(result.method, "teacher", None)
-            panels = [] if teacher is None else [(f"teacher, {teacher.steps} steps", teacher, None)]
-            panels.append((f"{network.steps} step{'s' * (network.steps > 1)}", network, None))
-            if len(network.shape) >= 3:
-                compare_grids(panels, folder / "samples.png")
+            # First what the run was for; a picture can be drawn again.
             exported = _exported(plan, result, network, {"recipe": config}, metrics)
+            teacher = getattr(result.method, "teacher", None)
+            panels = [] if teacher is None else [(f"teacher, {_steps(teacher)}", teacher, None)]
+            if len(network.shape) >= 3:
+                compare_grids([*panels, (_steps(network), network, None)], folder / "samples.png")
         return metrics, exported
 
     def export(
@@ -123,6 +123,8 @@ def _described(plan: Plan) -> list[str]:
                 f"{denoiser.process!r}; {generator.steps} steps of {generator.sampler}{guided}"
             )
             lines += [f"{role}: {note}" for note in generator.notes]
+    if plan.source is not None and not _enough(plan.source):
+        lines.append(f"will not be measured: too few {_judged(plan.source)} images")
     return lines
 
 
@@ -130,6 +132,10 @@ def _measured(plan: Plan) -> list[str]:
     teacher, source = plan.teacher, plan.source
     if not isinstance(teacher, Generator):
         return []
+    try:
+        teacher.times()
+    except ValueError as error:
+        raise SettingsError(f"teacher: it cannot take {teacher.steps} steps: {error}") from error
     if source is None or "val" not in source.splits:
         return ["teacher not measured: there are no validation images"]
     if source.input_size != teacher.input_size:
@@ -151,16 +157,31 @@ def _of_product(generator: Generator, rehearse: bool) -> list[str]:
 
     shown = ", ".join(f"{t:g}" for t in generator.times().tolist()[:8])
     more = ", ..." if generator.steps > 7 else ""
-    lines = [f"sampled with {generator.sampler}, {generator.steps} steps at {shown}{more}"]
+    lines = [f"sampled with {generator.sampler}, {_steps(generator)} at {shown}{more} (the last is the clean end)"]
     reason = why_not(generator) if rehearse else None
     return lines if reason is None else [*lines, f"will not be exported: {reason}"]
+
+
+def _steps(generator: Generator) -> str:
+    return f"{generator.steps} step{'s' * (generator.steps > 1)}"
+
+
+def _judged(source: Source) -> str:
+    return "test" if "test" in source.splits else "train"
+
+
+def _enough(source: Source) -> bool:
+    """Whether there are real images to compare with, half of them on either side of the noise floor."""
+    from diffusion.eval.report import LEAST
+
+    return len(source.split(_judged(source)).label) >= 2 * LEAST
 
 
 def _distances(generator: Generator, source: Source, folder: Path) -> dict[str, Any]:
     from diffusion.eval import RandomExtractor, evaluate_generator
 
-    split = "test" if "test" in source.splits else "train"
-    there = len(source.test() if split == "test" else source.train())
+    split = _judged(source)
+    there = len(source.split(split).label)
     report = evaluate_generator(
         generator, source, RandomExtractor(), count=min(MEASURED, there), split=split, cache=folder / "evaluation"
     )

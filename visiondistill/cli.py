@@ -19,7 +19,7 @@ COMMANDS = "visiondistill.commands"
 USAGE = """usage: visiondistill <verb> [options]
 
   demo [--output_dir DIR] [--seeds N]       a first distillation on real digits, in minutes on a CPU
-  demo ring [--output_dir DIR] [--seed N]   a one-step generator distilled from a many-step teacher
+  demo diffusion|ring [--output_dir DIR]    generators of few steps distilled from many-step ones
   train --recipe NAME|FILE [--key value]    run a recipe; dotted keys override it (--run.seed 1)
   finetune [--key value]                    train --recipe finetune: a teacher for the classes of your folder
   evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion.eval.extractors import INCEPTION, extractor_of, open_classifier
 from diffusion.eval.report import GeneratorReport, evaluate_generator
+from diffusion.generator import Generator
 from diffusion.subject import generator_of, source_of
 from visiondistill import recipes
 from visiondistill.data import Source
@@ -63,6 +64,7 @@ def run_evaluation(
         raise recipes.RecipeError(f"--extractor {extractor}: fid has an extractor of its own; measure evaluate fd")
     source = None if run is None and pipeline is None else source_of(run, changes or {})
     generator = generator_of(run, pipeline, changes or {})
+    _check_steps(generator, steps or generator.steps)
     name = extractor or (INCEPTION if topic == "fid" else "squeezenet")
     device = launch().device
     network = extractor_of(name, extractor_weights).to(device)
@@ -83,6 +85,13 @@ def run_evaluation(
     )
     file = topic if topic == "fid" else f"{topic}_{network.name.replace('/', '-')}"
     return report, report.write(output_dir or folder / "evaluation", file)
+
+
+def _check_steps(generator: Generator, steps: int) -> None:
+    try:
+        generator.times(steps)
+    except ValueError as error:
+        raise SettingsError(f"--steps {steps}: {error}") from error
 
 
 def _judge(folder: str, source: Source) -> nn.Module:

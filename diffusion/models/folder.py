@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from diffusion.denoiser import Denoiser, EDMPreconditioner
 from diffusion.generator import Generator, Sampler
 from diffusion.models.networks import DiffusersNetwork, checkpoint_gradients
 from diffusion.models.prompts import ENCODE, encode_prompts, read_prompts
-from diffusion.models.schedulers import Noising, read_scheduler
+from diffusion.models.schedulers import Noising, read_json, read_scheduler
 from diffusion.process import FlowProcess
 
 INDEX = "model_index.json"
@@ -119,7 +118,7 @@ def check_weights(folder: Path) -> None:
             return
         shards = folder / f"{stem}.safetensors.index.json"
         if shards.is_file():
-            named = sorted(set(json.loads(shards.read_text("utf-8"))["weight_map"].values()))
+            named = sorted(set(read_json(shards)["weight_map"].values()))
             if missing := [name for name in named if not (folder / name).is_file()]:
                 raise ValueError(
                     f"{folder / missing[0]} is missing ({len(named) - len(missing)} of {len(named)} shards are there): "
@@ -168,16 +167,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX
     if not file.is_file():
         raise ValueError(f"{file} is missing: name the folder of a whole diffusers pipeline")
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    return read_json(file)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
     """What an export of ours says of itself; nothing for other folders."""
     file = folder / FACTS
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _parts(folder: Path, index: dict[str, Any]) -> list[str]:
@@ -229,6 +225,8 @@ def _denoiser(network: nn.Module, noising: Noising, facts: dict[str, Any]) -> De
 
 def _shape(network: nn.Module) -> tuple[int, ...]:
     size = network.config.sample_size
+    if size is None:
+        raise ValueError(f"config.json of {type(network).__name__} says no sample_size: write its images' side there")
     height, width = (size, size) if isinstance(size, int) else size
     return (network.config.in_channels, height, width)
 

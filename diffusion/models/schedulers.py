@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,14 @@ class SpacedVPProcess(VPProcess):
         return times
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError, which names the file, where it is not JSON."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+
+
 def read_scheduler(folder: Path) -> Noising:
     """Read `folder/scheduler_config.json`.
 
@@ -129,7 +138,7 @@ def read_scheduler(folder: Path) -> Noising:
     file = folder / "scheduler_config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: the folder does not say how its model was noised. Fetch it again")
-    config = diffusers.ConfigMixin._dict_from_json_file(file)
+    config = read_json(file)
     name = config.get("_class_name")
     if name not in KNOWN:
         raise ValueError(

@@ -16,7 +16,9 @@ from diffusion.methods.dmd2 import DMD2
 from diffusion.models import open_generator
 from visiondistill import recipes, workbench
 from visiondistill.cli import main
+from visiondistill.data import OwnData, TensorData
 from visiondistill.engine.checkpoints import restore, stage_name
+from visiondistill.engine.errors import SettingsError
 from visiondistill.schema import RecipeError
 
 STEPS, LOOKS = 6, 3
@@ -224,3 +226,25 @@ def test_the_top_of_a_recipe_gives_its_student_where_no_earlier_stage_trained_it
     second = plan.stages[1].method(teacher)
     assert second.product() is plan.student.denoiser
     assert second.teacher is teacher
+
+
+# --- what must not cost a run its export
+
+
+def test_too_few_images_are_said_before_and_cost_figures_alone(tmp_path: Path):
+    image = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = OwnData(TensorData({"image": image, "label": torch.arange(20) % 2}))
+    own = {key: value for key, value in config(tmp_path / "run").items() if key != "data"}
+    outcome = workbench.run(own, given={"data": data})
+    assert any("will not be measured" in note for note in outcome.facts.notes)
+    assert outcome.metrics == {}
+    assert open_generator(outcome.exported.folder).num_classes == 2
+
+
+def test_a_teacher_that_cannot_take_its_steps_is_refused_before_the_first(staged: workbench.Outcome, tmp_path: Path):
+    teacher = {"class_path": "diffusion.models.Pipeline", "init_args": {"folder": str(staged.exported.folder)}}
+    own = {key: value for key, value in config(tmp_path / "run").items() if key != "student"}
+    own |= {"teacher": recipes.override(teacher, {"steps": 2000, "sampler": "ddim"}), "method": MATCHING}
+    with pytest.raises(SettingsError, match="2000"):
+        workbench.run(own)
+    assert not (tmp_path / "run").exists()
