@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from diffusion.eval import (
     Extractor,
     GeneratorReport,
@@ -17,6 +19,7 @@ from diffusion.eval import (
 from diffusion.generator import Generator
 from diffusion.pairs import store_pairs
 from visiondistill import recipes, workbench
+from visiondistill.data import Source
 
 PAIRS, MEASURED = 4000, 1000
 STUDENT_STEPS = (1, 2, 4)
@@ -56,8 +59,10 @@ def run_demo(folder: Path, seed: int = 0, changes: Mapping[str, Any] | None = No
     panels = {f"teacher, {teacher.steps} steps": (teacher, teacher.steps)}
     panels |= {f"student, {n} step{'s' * (n > 1)}": (student, n) for n in STUDENT_STEPS}
     compare_grids([(title, *panel) for title, panel in panels.items()], folder / "digits.png", 8, 8, seed=seed)
-    features = classifier_features(folder / "judge")
-    return {title: _measured(*panel, features, folder, seed) for title, panel in panels.items()}
+    judge = folder / "judge"
+    asked_of = {"features": classifier_features(judge), "classifier": open_classifier(judge)[0]}
+    source = recipes.source_of({"data": JUDGE["data"]})
+    return {title: _measured(*panel, source, folder, seed, **asked_of) for title, panel in panels.items()}
 
 
 def _run(config: recipes.Config, folder: Path, changes: Mapping[str, Any]) -> workbench.Outcome:
@@ -70,8 +75,15 @@ def _opened(folder: Path) -> Generator:
     return open_generator(folder)
 
 
-def _measured(generator: Generator, steps: int, features: Extractor, folder: Path, seed: int) -> GeneratorReport:
-    source = recipes.source_of({"data": JUDGE["data"]})
+def _measured(
+    generator: Generator,
+    steps: int,
+    source: Source,
+    folder: Path,
+    seed: int,
+    features: Extractor,
+    classifier: nn.Module,
+) -> GeneratorReport:
     report = evaluate_generator(
         generator,
         source,
@@ -81,8 +93,9 @@ def _measured(generator: Generator, steps: int, features: Extractor, folder: Pat
         steps=steps,
         seed=seed + 1,
         split="train",
-        classifier=open_classifier(folder / "judge")[0],
+        classifier=classifier,
         metrics=("fd", "pr", "diversity"),
+        cache=folder / "evaluation",
     )
     report.write(folder / "evaluation", f"{steps}_steps")
     return report

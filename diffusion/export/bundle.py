@@ -11,10 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,38 +26,17 @@ from diffusion.export.card import render
 from diffusion.export.pipelines import Plan, plan
 from diffusion.export.schedulers import scheduler_for
 from diffusion.generator import Generator
-from diffusion.models.folder import FACTS
 from diffusion.models.lora import is_lora, lora_state
 from diffusion.models.networks import inner_model, with_denoiser
 from diffusion.process import FlowProcess
 from visiondistill.engine.state import fingerprint
+from visiondistill.exported import FACTS, About, check_free, written_whole
 
 TOLERANCE = 1e-5
 """Of pixels in [0, 1]: diffusers computes in float32 what is float64 here."""
 
 ROWS = 2
 """Images that are compared."""
-
-
-@dataclass(frozen=True)
-class About:
-    """What the weights cannot say of themselves; all of it goes into the model card.
-
-    Attributes:
-        name: of the model, in a word.
-        data: what it was trained and measured on.
-        teacher: who taught it, in a sentence.
-        method: how: a sentence, or the recipe.
-        metrics: figures with what they need to be read: n, extractor, steps.
-        license: an SPDX identifier. The teacher's or the data's may bind it; None leaves it unsaid.
-    """
-
-    name: str = "student"
-    data: Mapping[str, Any] | str = ""
-    teacher: str = ""
-    method: Mapping[str, Any] | str = ""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +107,8 @@ def export_generator(
         RuntimeError: what was written does not sample as the generator does.
     """
     about, folder, steps = about or About(), Path(folder), steps or generator.steps
-    _check_free(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    check_free(folder)
+    with written_whole(folder) as unfinished:
         # Building a network anew draws random weights before the given ones replace them.
         with torch.random.fork_rng(devices=[]):
             generator = portable(generator)
@@ -157,10 +132,6 @@ def export_generator(
             weights,
         )
         _describe(exported, unfinished, generator, written, about, weights)
-        _name(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return exported
 
 
@@ -227,16 +198,14 @@ def export_lora(
     import diffusers
 
     folder = Path(folder)
-    _check_free(folder)
+    check_free(folder)
     if not is_lora(generator.denoiser):
         raise ValueError("the generator has no adapters: export it whole, by export_generator")
     encoders = getattr(generator.conditions, "encoders", None)
     if encoders is None:
         raise ValueError("adapters are loaded into a text pipeline, and this generator has none: export it whole")
     part = "transformer" if "Transformer" in type(inner_model(generator.denoiser)).__name__ else "unet"
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with written_whole(folder) as unfinished:
         pipeline = getattr(diffusers, encoders.pipeline)
         pipeline.save_lora_weights(unfinished, **{f"{part}_lora_layers": lora_state(generator.denoiser)})
         scheduler = scheduler_for(generator, generator.steps)
@@ -250,10 +219,6 @@ def export_lora(
             "about": asdict(about or About()),
         }
         _write_facts(unfinished, facts)
-        _name(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder
 
 
@@ -314,20 +279,3 @@ def _files(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
-        raise ValueError(f"{folder} holds something that is not an earlier export: choose a new folder")
-
-
-def _name(unfinished: Path, folder: Path) -> None:
-    if folder.exists():
-        # Without its name first: half deleted, it would not be known for an earlier export.
-        discarded = folder.with_name(f".{folder.name}.discarded")
-        shutil.rmtree(discarded, ignore_errors=True)
-        os.replace(folder, discarded)
-        shutil.rmtree(discarded)
-    os.replace(unfinished, folder)

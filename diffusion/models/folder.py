@@ -17,9 +17,9 @@ from diffusion.models.networks import DiffusersNetwork, checkpoint_gradients
 from diffusion.models.prompts import ENCODE, encode_prompts, read_prompts
 from diffusion.models.schedulers import Noising, read_json, read_scheduler
 from diffusion.process import FlowProcess
+from visiondistill.exported import FACTS
 
 INDEX = "model_index.json"
-FACTS = "export.json"
 
 DENOISERS = ("unet", "transformer")
 TEXT = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")

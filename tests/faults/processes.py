@@ -480,18 +480,18 @@ def _announced_compiler(backend: str | None, module: torch.fx.GraphModule, input
 
 def install_command_hooks() -> None:
     from visiondistill import eval as evaluation
-    from visiondistill import preflight
+    from visiondistill import exported, preflight
     from visiondistill.export import bundle
 
     def delete(folder: Path, **options: Any) -> None:
-        facts = Path(folder) / bundle.FACTS
+        facts = Path(folder) / exported.FACTS
         if facts.exists():
             facts.unlink()
             reached("export.half deleted")
         rmtree(folder, **options)
 
-    rmtree = bundle.shutil.rmtree
-    mock.patch.object(bundle, "shutil", _Around(bundle.shutil, rmtree=delete)).start()
+    rmtree = exported.shutil.rmtree
+    mock.patch.object(exported, "shutil", _Around(exported.shutil, rmtree=delete)).start()
     for target, name, before, after in [
         (preflight, "_measure_teacher", "preflight", None),
         (evaluation, "accuracy_report", "evaluation", None),

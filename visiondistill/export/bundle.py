@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,32 +26,9 @@ from visiondistill.engine import Result
 from visiondistill.eval.identity import CropMode, preprocessing, weights_hash
 from visiondistill.export import onnx_file, program, timm_folder
 from visiondistill.export.card import render
+from visiondistill.exported import FACTS, About, check_free, written_whole
 from visiondistill.models import Network, as_network
 from visiondistill.models.weights import sha256_of
-
-FACTS = "export.json"
-
-
-@dataclass(frozen=True)
-class About:
-    """What the weights cannot say of themselves; all of it goes into the model card.
-
-    Attributes:
-        name: of the model, in a word; in timm's folders also the tag of the weights.
-        data: what it was trained and measured on, such as `Source.describe().as_dict()`, or a sentence.
-        teacher: who taught it, in a sentence.
-        method: how: a sentence, or the recipe.
-        metrics: figures with what they need to be read: n, split (see `AccuracyReport.to_dict`).
-        license: an SPDX identifier. The source of pretrained weights or of the data may bind it;
-            None leaves it unsaid rather than repeating the source's.
-    """
-
-    name: str = "student"
-    data: Mapping[str, Any] | str = ""
-    teacher: str = ""
-    method: Mapping[str, Any] | str = ""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,15 +87,12 @@ def export(
         ModuleNotFoundError: `onnx` without the packages that it needs.
     """
     about, folder = about or About(), Path(folder)
-    _check_free(folder)
+    check_free(folder)
     network = _portable(model)
     size = tuple(network.input_size or input_size or _nominal_size(network.model))
     network.input_size = size
     pixels = preprocessing(network, size, crop_pct, crop_mode)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with written_whole(folder) as unfinished:
         # Making a model draws random weights before the written ones replace them.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             _check_names(network, size, classes)
@@ -130,16 +102,6 @@ def export(
         files = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
         exported = Exported(folder, form, files, weights, weights_hash(network), differences)
         _describe(exported, unfinished, list(classes), about, pixels)
-        if folder.exists():
-            # Without its name first: half deleted, it would not be known for an earlier export.
-            discarded = folder.with_name(f".{folder.name}.discarded")
-            shutil.rmtree(discarded, ignore_errors=True)
-            os.replace(folder, discarded)
-            shutil.rmtree(discarded)
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return exported
 
 
@@ -225,13 +187,6 @@ def _check_names(network: Network, size: tuple[int, int, int], classes: Sequence
     count = network(_samples(size)[0]).logits.shape[1]
     if len(classes) != count or len(set(classes)) != count:
         raise ValueError(f"the classifier tells {count} classes apart, {len(set(classes))} names were given")
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
-        raise ValueError(f"{folder} holds something that is not an earlier export: choose a new folder")
 
 
 def _describe(exported: Exported, folder: Path, classes: list[str], about: About, pixels: Mapping[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""What exports have in common, of whatever kind: what is said of them, and a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FACTS = "export.json"
+"""In every export, and by which one is known."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What the weights cannot say of themselves; all of it goes into the model card.
+
+    Attributes:
+        name: of the model, in a word; in timm's folders also the tag of the weights.
+        data: what it was trained and measured on, such as `Source.describe().as_dict()`, or a sentence.
+        teacher: who taught it, in a sentence.
+        method: how: a sentence, or the recipe.
+        metrics: figures with what they need to be read: n, split (see `AccuracyReport.to_dict`), extractor, steps.
+        license: an SPDX identifier. The source of pretrained weights or of the data may bind it;
+            None leaves it unsaid rather than repeating the source's.
+    """
+
+    name: str = "student"
+    data: Mapping[str, Any] | str = ""
+    teacher: str = ""
+    method: Mapping[str, Any] | str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError unless `folder` is new, empty, or an earlier export."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+        raise ValueError(f"{folder} holds something that is not an earlier export: choose a new folder")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which gets the name `folder` at the end, in place of an earlier export.
+
+    After an error, or a kill, nothing of it bears that name.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if folder.exists():
+            # Without its name first: half deleted, it would not be known for an earlier export.
+            discarded = folder.with_name(f".{folder.name}.discarded")
+            shutil.rmtree(discarded, ignore_errors=True)
+            os.replace(folder, discarded)
+            shutil.rmtree(discarded)
+        os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
