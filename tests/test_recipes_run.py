@@ -205,7 +205,7 @@ def assert_trained(outcome: workbench.Outcome, config: dict[str, Any]) -> None:
 
 
 def makes_classifiers(name: str) -> bool:
-    """Recipes of generators, and of who judges them, run in `diffusion/`: `test_method_recipes`, `test_fashion16`."""
+    """Recipes of generators, and of who judges them, run in `diffusion/`: `test_method_recipes`, `test_one_step`."""
     return "diffusion.methods" not in recipes.dump(recipes.load(name)) and "fashion16" not in name
 
 

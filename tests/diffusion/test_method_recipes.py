@@ -62,7 +62,7 @@ def shrunk(name: str, place: Path, output: Path) -> dict[str, Any]:
 
 
 def test_every_recipe_of_a_generator_is_tried_here():
-    measured = "measured/"  # those run in `test_fashion16` and `test_diffusion_demo`
+    measured = "measured/"  # those run in `test_one_step` and `test_diffusion_demo`
     ours = {name for name in recipes.names() if "diffusion.methods" in recipes.dump(recipes.load(name))}
     assert {name for name in ours if not name.startswith(measured)} == set(TERMS)
 

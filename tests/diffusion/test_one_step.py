@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.mechanisms import fashion16
+from diffusion.mechanisms import one_step
 from visiondistill import recipes, workbench
 
 FEW = {"SAMPLES": 16, "PAIRS": 32, "TIMED": 8, "TEACHER_STEPS": (3, 1)}
@@ -32,7 +32,7 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(recipes, "load", load)
     for name, value in FEW.items():
-        monkeypatch.setattr(fashion16, name, value)
+        monkeypatch.setattr(one_step, name, value)
     return tmp_path
 
 
@@ -44,8 +44,8 @@ def save(values: np.ndarray, file: Path) -> None:
 
 def call(place: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     data, output = str(place / "data"), str(place / "runs")
-    monkeypatch.setattr(sys, "argv", ["fashion16", "--data", data, "--output", output, *words])
-    fashion16.main()
+    monkeypatch.setattr(sys, "argv", ["one_step", "--data", data, "--output", output, *words])
+    one_step.main()
 
 
 def test_runs_by_parts_make_one_table_and_nothing_is_done_twice(
@@ -56,24 +56,25 @@ def test_runs_by_parts_make_one_table_and_nothing_is_done_twice(
     assert not (few / "runs" / "samples.png").exists()
     call(few, monkeypatch, "--seeds", "1")
     table = capsys.readouterr().out
-    for arm in fashion16.ARMS:
+    for arm in one_step.ARMS:
         lines = (few / "runs" / f"{arm}_0" / "metrics.jsonl").read_text()
         assert {name for name in ("dmd", "gan", "regression") if f'"student/{name}"' in lines} == TERMS[arm]
     head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
-    titles = ["real images", "teacher, 3 steps", "teacher, 1 step", *(f"{arm}, 1 step" for arm in fashion16.ARMS)]
+    titles = ["real images", "teacher, 3 steps", "teacher, 1 step", *(f"{arm}, 1 step" for arm in one_step.ARMS)]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == titles
     assert {row.count("|") for row in rows} == {head.count("|")}
     assert "-" not in {cell.strip() for row in rows[1:] for cell in row.split("|")}, "every figure is there"
     assert (few / "runs" / "samples.png").is_file()
     monkeypatch.setattr(workbench, "run", None)
-    monkeypatch.setattr(fashion16, "evaluate_generator", None)
+    monkeypatch.setattr(one_step, "evaluate_generator", None)
     call(few, monkeypatch, "--arms", "dmd", "--only-seed", "0")
 
 
-def test_the_arms_differ_by_one_term() -> None:
-    plain = recipes.load("measured/fashion16_dmd2")
+@pytest.mark.parametrize("images", one_step.IMAGES)
+def test_the_arms_differ_by_one_term(images: str) -> None:
+    plain = recipes.load(f"measured/{images}_dmd2")
     for arm, term in (("dmd2_gan", "gan"), ("dmd", "regression")):
-        ours = recipes.load(f"measured/fashion16_{arm}")
+        ours = recipes.load(f"measured/{images}_{arm}")
         ours["run"]["output_dir"] = plain["run"]["output_dir"]
         assert ours["method"]["init_args"].pop(term)
         ours["optim"].pop("discriminator", None)
