@@ -140,6 +140,16 @@ def test_what_is_opened_again_has_the_scores_and_the_hash_of_the_run(make, tmp_p
     opened.eval()
 
 
+def test_an_opened_program_computes_where_it_is_moved(tmp_path):
+    """Its graph asserts the device that it was traced on, which on another one ends in an error."""
+    opened, _ = open_export(export(of_ours(), tmp_path / "export", classes=NAMES).folder)
+    images = torch.rand(3, 1, 16, 16)
+    shape = opened(images).logits.shape
+    assert opened.to("meta")(images.to("meta")).logits.shape == shape
+    named = [node.kwargs["device"].type for node in opened.model.traced.graph.nodes if "device" in node.kwargs]
+    assert set(named) == {"meta"}
+
+
 def test_the_average_is_exported_where_one_was_kept(tmp_path):
     result = run(tmp_path / "run", Network(SmallConvNet(), [0.3], [0.4], (1, 8, 8)), ema_decay=0.5)
     assert weights_hash(result.ema) != weights_hash(result.product)

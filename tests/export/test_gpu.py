@@ -42,3 +42,11 @@ def test_timings_wait_for_the_device_and_memory_is_counted():
     # A clock that stops when the kernels are queued would see next to no difference.
     assert large.throughput.median > 8 * small.throughput.median
     assert large.peak_bytes > 256 * 512 * 64 * 64 * 4 > small.peak_bytes
+
+
+def test_an_opened_program_answers_on_the_device(tmp_path):
+    network = Network(SmallConvNet(norm="batch"), [0.3], [0.4], (1, 16, 16), "bicubic")
+    opened, _ = open_export(export(network, tmp_path / "export", classes=NAMES).folder)
+    images = torch.rand(3, 1, 16, 16)
+    expected = opened(images).logits
+    torch.testing.assert_close(opened.cuda()(images.cuda()).logits.cpu(), expected, rtol=1e-2, atol=1e-2)  # TF32

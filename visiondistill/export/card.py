@@ -36,8 +36,9 @@ names = json.load(open("FOLDER/export.json"))["classes"]
 
 Input: `[B, {channels}, {height}, {width}]` float32, **pixels in [0, 1], not normalised**: mean {mean} and
 std {std} are inside. Images of another size are resized to it first, by {interpolation} interpolation with
-antialiasing, {crop}. The program is in eval mode for good. `model.safetensors` holds the same weights under
-the module's own names."""
+antialiasing, {crop}. The program is in eval mode for good, on the CPU: on another device open it as
+`torch.export.passes.move_to_device_pass(torch.export.load("FOLDER/model.pt2"), "cuda").module()`.
+`model.safetensors` holds the same weights under the module's own names."""
 
 ONNX_USE = """`model.onnx` is the same model: input `images` `[B, {channels}, {height}, {width}]` float32, pixels in
 [0, 1], not normalised (mean and std are inside); output `logits`. Its logits differ by up to {apart:.1g}."""

@@ -95,6 +95,18 @@ def _is_plain(name: str, content: bytes) -> bool:
     return True
 
 
+def at(traced: nn.Module, device: torch.device) -> None:
+    """Make a program compute on a device that its tensors were moved to: its graph names the one it was traced on."""
+    for graph in traced.modules():
+        if isinstance(graph, torch.fx.GraphModule):
+            for node in graph.graph.nodes:
+                if node.kwargs.get("device") is not None:
+                    node.kwargs = {**node.kwargs, "device": device}
+                if node.target is torch.ops.aten.to.device:
+                    node.args = (node.args[0], device, *node.args[2:])
+            graph.recompile()
+
+
 def difference(network: Network, folder: Path, samples: Sequence[Tensor]) -> float:
     """Open the program again; returns the largest difference of its logits.
 

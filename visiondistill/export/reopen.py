@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ class Program(nn.Module):
         # An exported graph refuses train() and eval(), which reach every submodule.
         traced.train = lambda mode=True: traced
         self.traced, self.num_classes, self.weights_hash = traced, num_classes, weights_hash
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
+        super()._apply(fn, recurse)
+        program.at(self.traced, next(self.traced.parameters()).device)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         return self.traced(images)
