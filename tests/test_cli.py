@@ -27,8 +27,11 @@ def test_train_runs_a_recipe_and_resumes_it(tmp_path: Path, capsys: pytest.Captu
     assert main(words) == 0
     assert "finished after step 12" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.yaml").is_file()
-    assert main(words) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    for again in (words, [*words, "--dry-run"]):
+        assert main(again) == 2
+        told = capsys.readouterr()
+        assert "already holds a run" in told.err
+        assert not told.out, "it is said before the preflight"
     again = ["train", "--recipe", str(tmp_path / "run" / "config.yaml"), "--run.resume", "auto"]
     assert main(again) == 0
 

@@ -13,7 +13,7 @@ from visiondistill.engine.checkpoints import Restored, checkpoint_in, restore
 from visiondistill.engine.errors import ResumeError, SettingsError
 from visiondistill.engine.launch import launch
 from visiondistill.export import About, Exported, export_run
-from visiondistill.measure import report_on, require_onnx, run_config
+from visiondistill.measure import report_on, run_config
 from visiondistill.schema import RecipeError
 from visiondistill.workshop import workshop_of
 
@@ -82,8 +82,6 @@ def export_again(
     run = Path(run)
     if weights not in ("auto", "ema", "raw"):
         raise RecipeError(f"weights: {weights!r}; it must be auto, ema or raw")
-    if onnx:
-        require_onnx()
     config = recipes.override(run_config(run), changes or {})
     found = checkpoint_in(Path(checkpoint) if checkpoint is not None else run)
     plan = _rebuilt(config, run)

@@ -14,6 +14,7 @@ from visiondistill import recipes
 from visiondistill.data import OwnData, Source
 from visiondistill.engine import Method, Result, train
 from visiondistill.engine.across import process_index
+from visiondistill.engine.checkpoints import Store
 from visiondistill.measure import run_config
 from visiondistill.preflight import Preflight
 from visiondistill.workshop import ACCURACY, workshop_of
@@ -64,9 +65,11 @@ def run(
 
     Raises:
         RecipeError, SettingsError: before the first step, with the key or file named.
+        ResumeError: likewise, the run folder is in use.
         Further errors as of `engine.train`.
     """
     plan = recipes.plan(config, given, source)
+    Store.require_free(plan.run)  # before the preflight, which takes its time
     workshop = workshop_of(plan)
     facts = workshop.preflight(plan, rehearse=artefacts)
     if process_index() == 0 and (plan.run.progress or dry_run):

@@ -148,8 +148,11 @@ class Classifiers:
         use: str = "auto",
         onnx: bool = False,
     ) -> Exported:
+        from visiondistill.measure import require_onnx
         from visiondistill.publish import figures, publish
 
+        if onnx:
+            require_onnx()  # before test images are measured
         path = result.output_dir / "config.yaml"
         if plan.source is None:
             raise RecipeError(

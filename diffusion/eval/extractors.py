@@ -251,7 +251,10 @@ def _inception(weights: str | Path | None) -> Extractor:
 
 
 def _require_inception(file: Path) -> None:
-    cure = f"name {INCEPTION_FILE} of torch-fidelity's releases, or measure fd with another extractor"
+    cure = (
+        f"name {INCEPTION_FILE} of torch-fidelity's releases (--extractor_weights FILE), or measure fd with another "
+        f"extractor"
+    )
     if not file.is_file():
         raise SettingsError(f"fid: there is no file {file}; {cure}")
     with file.open("rb") as opened:

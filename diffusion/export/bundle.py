@@ -26,6 +26,7 @@ from diffusion.export.card import render
 from diffusion.export.pipelines import Plan, plan
 from diffusion.export.schedulers import scheduler_for
 from diffusion.generator import Generator
+from diffusion.models.folder import pipeline_of
 from diffusion.models.lora import is_lora, lora_state
 from diffusion.models.networks import inner_model, with_denoiser
 from diffusion.process import FlowProcess
@@ -138,11 +139,7 @@ def export_generator(
 @torch.no_grad()
 def difference(folder: Path, generator: Generator, written: Plan, steps: int) -> float:
     """Largest difference of pixels between the folder's images and the generator's, for equal noise."""
-    import diffusers
-
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, **_absent(written), use_safetensors=True, local_files_only=True
-    )
+    pipeline = pipeline_of(folder, **_absent(written))
     pipeline.set_progress_bar_config(disable=True)
     call = dict(written.call) | _asked(generator)
     with torch.random.fork_rng(devices=[]):

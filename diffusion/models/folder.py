@@ -268,11 +268,21 @@ def _label_table(network: nn.Module) -> tuple[int | None, int]:
 
 def assemble(folder: Path, models: dict[str, Any]) -> Any:
     """The folder's pipeline around models that are loaded, its other parts from the folder."""
-    import diffusers
-
     index = read_index(folder)
     empty = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     absent = empty | {name: None for name in LEFT_OUT if name in index}
-    return diffusers.DiffusionPipeline.from_pretrained(
-        folder, **absent | models, use_safetensors=True, local_files_only=True
-    )
+    return pipeline_of(folder, **absent | models)
+
+
+def pipeline_of(folder: Path, **parts: Any) -> Any:
+    """The folder as diffusers opens it, around those parts that are given; no bar counts to three."""
+    import diffusers
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(folder, **parts, use_safetensors=True, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()

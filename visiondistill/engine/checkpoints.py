@@ -78,11 +78,17 @@ class Store:
         self.folder = Path(run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self._finished: dict[str, Checkpoint] = {}
-        used = [name for name in ("checkpoints", "metrics.jsonl") if (self.folder / name).exists()]
+        self.require_free(run)
         world.barrier()
+
+    @staticmethod
+    def require_free(run: Run) -> None:
+        """Raises ResumeError where the folder is in use and `resume` does not say what to do with it."""
+        folder = Path(run.output_dir)
+        used = [name for name in ("checkpoints", "metrics.jsonl") if (folder / name).exists()]
         if run.resume == "none" and used:
             raise ResumeError(
-                f"{self.folder} already holds a run ({', '.join(used)}): set resume='auto' to continue it, "
+                f"{folder} already holds a run ({', '.join(used)}): set resume='auto' to continue it, "
                 f"or choose another output_dir"
             )
 

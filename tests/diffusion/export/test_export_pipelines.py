@@ -11,6 +11,7 @@ from pathlib import Path
 import pipeline_folders as folders
 import pytest
 import torch
+from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import nn
 
@@ -337,6 +338,13 @@ def test_other_folders_are_not_overwritten_and_earlier_exports_are(tmp_path):
     assert not (first.folder / "left_over").exists()
     assert "| fd | 3.5 |" in (first.folder / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "mine"]
+
+
+def test_no_bar_counts_the_parts_of_a_folder(tmp_path, capfd):
+    logging.enable_progress_bar()
+    open_generator(export_generator(student(unet(3), 1), tmp_path / "export").folder)
+    assert "%|" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled(), "others still have theirs"
 
 
 def test_exporting_leaves_the_generator_and_the_random_state(tmp_path):
