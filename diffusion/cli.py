@@ -67,7 +67,9 @@ def evaluate(topic: str, words: list[str]) -> int:
     what real images score in the generator's place. FOLDER is an export of a classifier, or a run
     of one; --classifier adds the accuracy of its answers on class-conditional samples. Data are
     the run's, --data.KEY overrides them; --generator.KEY says how the pipeline is opened. --steps 0,
-    the default, takes the generator's own number.
+    the default, takes the generator's own number. A run without an export is built again and gets
+    its newest whole checkpoint: --generator.use ema|raw says which weights, and
+    --generator.changes "{data.root: DIR}" what of its recipe lies elsewhere by now (default: --data.KEY).
     The report goes to DIR, by default `evaluation` in the run or pipeline; features of the real
     images are kept beside that, in `reference_features`.
     """
@@ -99,7 +101,8 @@ def store_pairs(words: list[str]) -> int:
 
     Keeps pairs of noise and what a generator of many steps makes of it, for DMD's regression
     (recipe dmd, --method.regression.pairs DIR). Pair i depends on the seed and i alone: an
-    interrupted store goes on, a larger --count adds to it, another generator's is refused.
+    interrupted store goes on, a larger --count adds to it, another generator's is refused. Of a run
+    without an export the newest whole checkpoint is taken, as by `evaluate fd`.
     """
     options = {"run": None, "pipeline": None, "output_dir": None, "count": 4000, "steps": 0, "seed": 0}
     chosen = options_of(words, store_pairs, options | {"batch_size": 64}, dotted=("generator",))
@@ -120,19 +123,49 @@ def store_pairs(words: list[str]) -> int:
     return 0
 
 
+def store_prompts(words: list[str]) -> int:
+    """usage: visiondistill store prompts --pipeline FOLDER --prompts FILE --output_dir DIR [--batch_size B]
+
+    Encodes the prompts of FILE, one a line, by a pipeline's text encoders alone, and keeps the
+    embeddings in DIR. A teacher that is opened with both (--teacher.prompts FILE --teacher.cache DIR)
+    then loads no text encoder. A DIR of other encoders or other prompts is refused.
+    """
+    options = {"pipeline": None, "prompts": None, "output_dir": None, "batch_size": 32}
+    chosen = options_of(words, store_prompts, options)
+    if chosen is None:
+        return 0
+    from diffusion.models import folder as folders
+    from visiondistill.engine.launch import launch
+    from visiondistill.schema import RecipeError
+
+    pipeline = _named(chosen, "pipeline", "FOLDER", "name the pipeline")
+    file = _named(chosen, "prompts", "FILE", "name the prompts")
+    folder = _named(chosen, "output_dir", "DIR")
+    try:
+        kept = folders.store_prompts(pipeline, file, folder, batch_size=chosen["batch_size"], device=launch().device)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    print(f"{len(kept.texts)} prompts: {folder}")
+    return 0
+
+
 def store_latents(words: list[str]) -> int:
     """usage: visiondistill store latents --run DIR | --pipeline FOLDER --file FILE [--data.KEY VALUE]
                                             [--split train] [--batch_size B] [--generator.KEY VALUE]
+                                            [--captions FILE --generator.prompts FILE]
 
     Encodes the images of a data set once by a pipeline's VAE, so that training need not
     (data: diffusion.models.CachedLatents). Another VAE or other images are refused when FILE is used.
+    Captions, one a line for each image that the data list, in their order, tell a text-conditional
+    generator which of its prompts an image shows: all of them must be among its prompts.
     """
-    options = {"run": None, "pipeline": None, "file": None, "split": "train", "batch_size": 32}
+    options = {"run": None, "pipeline": None, "file": None, "split": "train", "batch_size": 32, "captions": None}
     chosen = options_of(words, store_latents, options, dotted=("data", "generator"))
     if chosen is None:
         return 0
     from diffusion.codecs import Pixels
     from diffusion.models import cache_latents
+    from diffusion.models.prompts import read_captions
     from diffusion.subject import generator_of, source_of
     from visiondistill.schema import RecipeError
 
@@ -141,21 +174,21 @@ def store_latents(words: list[str]) -> int:
     if isinstance(generator.codec, Pixels):
         raise RecipeError("this generator works on pixels: it has no VAE, and there is nothing to encode")
     source = source_of(chosen["run"], chosen["changes"])
+    said = {name: chosen[name] for name in ("split", "batch_size")}
     try:
-        kept = cache_latents(
-            _on_device(generator), source, file, split=chosen["split"], batch_size=chosen["batch_size"]
-        )
+        captions = None if chosen["captions"] is None else read_captions(chosen["captions"])
+        kept = cache_latents(_on_device(generator), source, file, captions=captions, **said)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     print(f"{len(kept)} latents of {list(generator.shape)}: {file}")
     return 0
 
 
-def _named(options: dict[str, Any], name: str, what: str) -> str:
+def _named(options: dict[str, Any], name: str, what: str, ask: str = "say where to") -> str:
     from visiondistill.schema import RecipeError
 
     if options[name] is None:
-        raise RecipeError(f"say where to: --{name} {what}")
+        raise RecipeError(f"{ask}: --{name} {what}")
     return options[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,6 +89,25 @@ class Prompts:
         self.texts, self.encoders = tuple(texts), encoders
         self._held = {torch.device("cpu"): (embeddings, null)}
 
+    @property
+    def digest(self) -> str:
+        """sha256 over the texts in their order: what the numbers of prompts mean."""
+        return texts_digest(self.texts)
+
+    def rows(self, texts: Sequence[str]) -> Tensor:
+        """Which of the prompts each text is, int64 `[M]`: the first one where they have it twice.
+
+        Raises:
+            ValueError: a text that is none of them.
+        """
+        row = {text: number for number, text in reversed(list(enumerate(self.texts)))}
+        if missing := [text for text in texts if text not in row]:
+            raise ValueError(
+                f"{len(missing)} of {len(texts)} captions are none of the {len(self.texts)} prompts, such as "
+                f"{missing[0]!r}: add them to the file of prompts"
+            )
+        return torch.tensor([row[text] for text in texts], dtype=torch.int64)
+
     def __call__(self, batch: Batch, draw: Draw) -> tuple[Any, Any]:
         """Drawn uniformly."""
         return self._at(draw.integers("prompts", 0, len(self.texts)))
@@ -99,7 +119,10 @@ class Prompts:
             ValueError: the data have no column "prompt" with the numbers of their prompts.
         """
         if "prompt" not in data:
-            raise ValueError('the data have no column "prompt" (which of the prompts each image shows, from 0)')
+            raise ValueError(
+                'the data have no column "prompt" (which of the prompts each image shows, from 0): '
+                "`visiondistill store latents --captions FILE` makes data that have it"
+            )
         return self._at(data["prompt"])
 
     def at(self, rows: Sequence[int], device: torch.device) -> tuple[Any, Any]:
@@ -115,6 +138,11 @@ class Prompts:
             tree_map(lambda held: held.index_select(0, index), embeddings),
             tree_map(lambda held: held.expand(len(index), *held.shape[1:]), null),
         )
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """sha256 over texts in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from diffusion.process import KINDS, Process
+from diffusion.process.base import SMALLEST_DIVISOR
 from diffusion.tensors import Time, choose, expand_time, factor, lead, lift
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,8 @@ class Denoiser(nn.Module):
         condition: Any = None,
         *,
         guidance_scale: float | Tensor = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
         null_condition: Any = None,
     ) -> Prediction:
         """Predict at (x_t, t).
@@ -99,11 +103,16 @@ class Denoiser(nn.Module):
             condition: what the network takes: a tensor or a nest of tensors, batch first; or None.
             guidance_scale: s of `uncond + s*(cond - uncond)`; 1 is off and costs one pass. A number,
                 or a tensor `[B]`.
+            guidance_interval: (low, high) in the process's own time (EDM: sigma), both included; at other
+                times, frame by frame, the conditional prediction counts alone (Kynkäänniemi et al. 2024,
+                arXiv 2404.07724). None: all times. Both branches are evaluated at every time.
+            guidance_rescale: phi of `rescale_guidance`, in [0, 1], on what the network predicts; 0 is off.
             null_condition: the unconditional branch's condition, of the condition's structure.
 
         Raises:
-            ValueError: guidance without a null condition.
+            ValueError: guidance without a null condition, or as of `check_guidance`.
         """
+        check_guidance(self.process, guidance_interval, guidance_rescale)
         times = expand_time(t, x_t)
         if isinstance(guidance_scale, int | float) and guidance_scale == 1:
             value = self.network(x_t, times, condition)
@@ -111,7 +120,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"guidance_scale={guidance_scale} needs a null_condition; 1 switches guidance off")
         else:
             branches = self._branches(x_t, times, null_condition, condition)
-            value = apply_guidance(branches, [guidance_scale])
+            value = _guided(*branches, times, guidance_scale, guidance_interval, guidance_rescale)
         return Prediction(value, self.prediction_type, x_t, t, self.process)
 
     def features(
@@ -221,6 +230,54 @@ def edm_scalings(
     c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
     c_out = (sigma - sigma_min) * sigma_data / total.sqrt()
     return c_skip, c_out, total.rsqrt(), sigma.clamp(min=1e-6).log() / 4
+
+
+def check_guidance(process: Process, interval: Interval | None, rescale: float) -> None:
+    """See that guidance can be restricted and rescaled so.
+
+    Raises:
+        ValueError: an interval that is empty or leaves the path's times, or a rescale outside [0, 1].
+    """
+    if interval is not None and not process.min_t <= interval[0] <= interval[1] <= process.max_t:
+        raise ValueError(
+            f"guidance_interval={list(interval)} is not allowed: it is [low, high] in the time of {process!r}, which "
+            f"runs from {process.min_t:g} to {process.max_t:g}; null guides at all times"
+        )
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale={rescale} is not allowed: from 0 (off) to 1")
+
+
+def _guided(
+    unconditional: Tensor, conditional: Tensor, t: Tensor, scale: float | Tensor, interval: Interval | None, phi: float
+) -> Tensor:
+    """Guidance, rescaled, within the interval; the conditional prediction itself outside it."""
+    lifted = lift(conditional)
+    value = apply_guidance([lift(unconditional), lifted], [scale])
+    if phi:
+        value = rescale_guidance(value, lifted, phi, leading=t.ndim)
+    if interval is not None:
+        value = torch.where(lead((t >= interval[0]) & (t <= interval[1]), value), value, lifted)
+    return value.to(conditional.dtype)
+
+
+def rescale_guidance(guided: Tensor, conditional: Tensor, phi: float, *, leading: int = 1) -> Tensor:
+    """phi*guided*std(conditional)/std(guided) + (1 - phi)*guided, against the contrast that large scales add.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16; `rescale_noise_cfg` of diffusers.
+
+    Args:
+        guided, conditional: predictions `[B, ...]` of one type.
+        phi: in [0, 1].
+        leading: axes that have a standard deviation for each entry: 1 for samples, as in the paper, 2 for
+            the frames of `[B, F, ...]`, which differ where they have noise levels of their own.
+
+    Returns:
+        `[B, ...]` in guided's dtype, float32 inside.
+    """
+    # A network that is still zero everywhere has no contrast to divide by.
+    value, axes = lift(guided), tuple(range(leading, guided.ndim))
+    wanted, found = (lift(each).std(axes, correction=0, keepdim=True) for each in (conditional, value))
+    return (value * (1 - phi + phi * wanted / found.clamp(min=SMALLEST_DIVISOR))).to(guided.dtype)
 
 
 def apply_guidance(branches: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.codecs import Codec, Pixels
 from diffusion.conditions import Conditions
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, Interval, check_guidance
 from diffusion.process import EDMProcess, VPProcess
 from diffusion.samplers import ddim, euler, heun, renoise
 from diffusion.tensors import choose
@@ -31,10 +31,13 @@ class Generator(nn.Module):
         steps: that it samples with where a caller names no number.
         sampler: "student": its own few times with fresh noise between them, as students are trained;
             "ddim", "euler", "heun"; "auto": DDIM on discrete VP paths, Heun on EDM's, Euler on others.
-        guidance_scale: of sampling; 1 is off.
+        guidance_scale: of sampling; 1 is off, whatever the two below say.
+        guidance_interval: (low, high) in the process's own time, where guidance acts; None: all times.
+        guidance_rescale: in [0, 1], of the guided prediction to the conditional one's contrast; 0 is off.
 
     Raises:
-        ValueError: an unknown sampler, one that the path does not have, or guidance without conditions.
+        ValueError: an unknown sampler, one that the path does not have, guidance without conditions, an
+            interval that leaves the path's times, or a rescale outside [0, 1].
     """
 
     finetune_command = "visiondistill train --recipe denoising --data.root DIR --data.size N"
@@ -53,14 +56,18 @@ class Generator(nn.Module):
         steps: int = 50,
         sampler: Sampler = "auto",
         guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
     ) -> None:
         super().__init__()
         choose("sampler", sampler, ("auto", "ddim", "euler", "heun", "student"))
         if guidance_scale != 1 and conditions is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs conditions; 1 switches guidance off")
+        check_guidance(denoiser.process, guidance_interval, guidance_rescale)
         self.denoiser, self.codec = denoiser, codec or Pixels()
         self.shape, self.conditions = tuple(shape), conditions
-        self.steps, self.guidance_scale = steps, guidance_scale
+        self.steps, self.guidance_scale, self.guidance_rescale = steps, guidance_scale, guidance_rescale
+        self.guidance_interval = None if guidance_interval is None else tuple(guidance_interval)
         self.sampler = _usual(denoiser) if sampler == "auto" else sampler
         if self.sampler in ("euler", "heun") and isinstance(denoiser.process, VPProcess):
             raise ValueError(f"sampler={sampler!r} needs continuous time, which a table has not: ddim samples it")
@@ -68,6 +75,12 @@ class Generator(nn.Module):
     @property
     def process(self) -> Any:
         return self.denoiser.process
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What it samples with, by the names that the arguments have here and in `Denoiser.forward`."""
+        names = ("guidance_scale", "guidance_interval", "guidance_rescale")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -110,7 +123,7 @@ class Generator(nn.Module):
         times, process = self.times(steps), self.process
 
         def model(x: Tensor, t: Tensor) -> Tensor:
-            return self.denoiser(x, t, condition, guidance_scale=self.guidance_scale, null_condition=null_condition).x0
+            return self.denoiser(x, t, condition, null_condition=null_condition, **self.guidance).x0
 
         start = process.start(noise, times[0])
         if self.sampler == "student":

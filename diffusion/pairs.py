@@ -28,6 +28,9 @@ from visiondistill.engine.state import fingerprint, write_text
 MANIFEST = "pairs.json"
 BLOCK = 1000
 
+READABLE = 40
+"""Characters up to which a message shows what differs: a scale, not a hash."""
+
 
 def store_pairs(
     generator: Generator, count: int, path: str | Path, seed: int = 0, batch_size: int = 64, steps: int | None = None
@@ -52,7 +55,6 @@ def store_pairs(
         **_identity(generator),
         "sampler": generator.sampler,
         "times": _rounded(generator.times(steps)),
-        "guidance_scale": generator.guidance_scale,
         "seed": seed,
     }
     manifest = _read(folder) if (folder / MANIFEST).exists() else {"made": made, "blocks": {}}
@@ -79,7 +81,7 @@ class Pairs:
         columns: "noise" and "code" `[N, *shape]`, and the leaves of the conditions.
 
     Raises:
-        ValueError: no store, another teacher's, or a damaged file.
+        ValueError: no store, another teacher's or of another guidance than the teacher's, or a damaged file.
     """
 
     def __init__(self, path: str | Path, teacher: Generator) -> None:
@@ -162,7 +164,7 @@ def _precision(generator: Generator) -> torch.dtype:
 
 
 def _identity(generator: Generator) -> dict[str, Any]:
-    """Whose pairs they are: weights, path, and what goes in and out."""
+    """Whose pairs they are: weights, path, what goes in and out, and the guidance."""
     denoiser, process = generator.denoiser, generator.process
     t = torch.linspace(process.min_t, process.max_t, 11, dtype=torch.float64)
     return {
@@ -172,6 +174,7 @@ def _identity(generator: Generator) -> dict[str, Any]:
         "prediction_type": denoiser.prediction_type,
         "shape": list(generator.shape),
         "num_classes": generator.num_classes,
+        **{name: list(told) if isinstance(told, tuple) else told for name, told in generator.guidance.items()},
     }
 
 
@@ -181,16 +184,25 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def _require_equal(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    differing = [_both(name, found.get(name), wanted[name]) for name in wanted if found.get(name) != wanted[name]]
     if differing:
         raise ValueError(
             f"{folder} holds pairs that were made otherwise: {', '.join(differing)} "
-            f"{'differs' if len(differing) == 1 else 'differ'}. Store this teacher's pairs in another folder"
+            f"{'differs' if len(differing) == 1 else 'differ'}. Store this teacher's pairs in another folder, or take "
+            f"the teacher that made these, with its guidance"
         )
 
 
+def _both(name: str, found: Any, wanted: Any) -> str:
+    readable = len(f"{found}{wanted}") <= READABLE
+    return f"{name} ({found} there, {wanted} here)" if readable else name
+
+
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    # Earlier stores do not say it: guidance could not be rescaled.
+    manifest["made"].setdefault("guidance_rescale", 0.0)
+    return manifest
 
 
 def _sha256(path: Path) -> str:

@@ -12,26 +12,40 @@ from visiondistill.engine.errors import SettingsError
 
 
 def generator_of(run: str | None, pipeline: str | None, changes: recipes.Config) -> Generator:
-    """A run's export, or a pipeline folder.
+    """A run's export, or what it made where it has none, or a pipeline folder.
 
     Args:
         run, pipeline: one of them.
-        changes: dotted keys, of which `generator.KEY` says how it is opened.
+        changes: dotted keys, of which `generator.KEY` says how it is opened, as of `Pipeline`; of a run without
+            export as of `Trained`, whose `changes` are those of `data.KEY` unless given.
 
     Raises:
         RecipeError: neither or both of run and pipeline.
         SettingsError: no such folder, or one that cannot be opened.
     """
-    from diffusion.models import open_generator
-
     if (run is None) == (pipeline is None):
         raise recipes.RecipeError("name a generator: --run FOLDER, or --pipeline FOLDER")
-    folder = Path(pipeline) if run is None else Path(run) / "export"
+    options = _below("generator.", changes)
     try:
-        return open_generator(folder, **_below("generator.", changes))
+        if run is None:
+            return _opened(Path(pipeline), options)
+        export = Path(run) / "export"
+        return _opened(export, options) if export.is_dir() else _rebuilt(run, options, changes)
     except (TypeError, ValueError) as error:
-        makes = f"; visiondistill export --run {run} makes one"
-        raise SettingsError(f"{error}{'' if run is None or folder.is_dir() else makes}") from error
+        raise SettingsError(str(error)) from error
+
+
+def _opened(folder: Path, options: recipes.Config) -> Generator:
+    from diffusion.models import open_generator
+
+    return open_generator(folder, **options)
+
+
+def _rebuilt(run: str, options: recipes.Config, changes: recipes.Config) -> Generator:
+    from diffusion.models.trained import Trained
+
+    elsewhere = {name: value for name, value in changes.items() if name.startswith("data.")}
+    return Trained(run, **{"changes": elsewhere} | options)
 
 
 def source_of(run: str | None, changes: recipes.Config) -> Source:

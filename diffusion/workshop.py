@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from diffusion.conditions import ClassLabels
 from diffusion.generator import Generator
-from diffusion.preflight import read
-from visiondistill.engine import Result, Watch
+from diffusion.preflight import read_batch, read_own
+from visiondistill.engine import Method, Result, Watch
 from visiondistill.engine.across import process_count, process_index
 from visiondistill.engine.errors import SettingsError
-from visiondistill.preflight import Preflight, bytes_of, of_run, some_of
+from visiondistill.preflight import Preflight, bytes_of, of_run
 
 if TYPE_CHECKING:
     from diffusion.export import About, Exported
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from visiondistill.recipes import Plan
 
 ASKED = 64
-"""Validation images that a teacher denoises before the run."""
+"""Images that a teacher denoises before the run."""
 
 SHOWN = 32
 """Samples in a grid."""
@@ -38,15 +38,14 @@ class Generators:
     measured_by = "visiondistill evaluate fd|fid|kid|pr --run"
 
     def preflight(self, plan: Plan, rehearse: bool = True) -> Preflight:
-        """Sizes, the teacher's denoising error, and the times at which the student will be sampled.
+        """Sizes, the teacher's denoising error, its guidance, and the times at which students will be sampled.
 
         Raises:
-            SettingsError: a teacher that predicts something else than it says, or no room for the checkpoints.
+            SettingsError: a teacher that predicts something else than it says or was trained with other noise levels,
+                or no room for the checkpoints.
         """
-        method, notes = plan.stages[0].method, [*_described(plan), *_measured(plan)]
-        # What later stages make is not known before they are handed what the first one made.
-        if len(plan.stages) == 1:
-            notes += _of_product(method.generator(), rehearse and process_count() == 1)
+        method = plan.stages[0].method
+        notes = [*_described(plan), *_measured(plan), *_of_stages(plan, rehearse and process_count() == 1)]
         return of_run(
             plan,
             trained=bytes_of(p for p in method.players.parameters() if p.requires_grad),
@@ -116,7 +115,7 @@ def _described(plan: Plan) -> list[str]:
         generator = getattr(plan, role)
         if isinstance(generator, Generator):
             denoiser = generator.denoiser
-            guided = "" if generator.guidance_scale == 1 else f", guidance {generator.guidance_scale:g}"
+            guided = "" if generator.guidance_scale == 1 else f", {_guided(generator.guidance)}"
             size = sum(p.numel() for p in denoiser.parameters())
             lines.append(
                 f"{role}: {size:,} parameters, predicts {denoiser.prediction_type} on "
@@ -136,28 +135,61 @@ def _measured(plan: Plan) -> list[str]:
         teacher.times()
     except ValueError as error:
         raise SettingsError(f"teacher: it cannot take {teacher.steps} steps: {error}") from error
-    if source is None or "val" not in source.splits:
-        return ["teacher not measured: there are no validation images"]
+    if source is None:
+        reading = read_own(teacher)
+        untold = "teacher not measured: there are no images, and no type makes samples that it then denoises"
+        return [f"{untold}: is it trained?" if reading is None else reading.check()]
     if source.input_size != teacher.input_size:
         raise SettingsError(
             f"data: images are {list(source.input_size or ())}, the teacher makes {list(teacher.input_size)}: "
             f"give the data the teacher's size"
         )
-    data = some_of(source.val(), ASKED)
-    batch = next(source.stream(len(data), 0, "val").open(0, [(0, len(data))], 0, torch.device("cpu")))[0]
-    conditions = teacher.conditions
-    condition = conditions.of(batch)[0] if isinstance(conditions, ClassLabels) else None
-    if conditions is not None and condition is None:
-        return ["teacher not measured: its prompts are not those of the validation images"]
-    return [read(teacher, batch["image"], condition).check()]
+    split, noised = ("val", "validation images") if "val" in source.splits else ("train", "training images")
+    count = min(ASKED, len(source.split(split).label))
+    batch = next(source.stream(count, 0, split).open(0, [(0, count)], 0, torch.device("cpu")))[0]
+    return [read_batch(teacher, batch, noised).check()]
+
+
+def _of_stages(plan: Plan, rehearse: bool) -> list[str]:
+    """What each stage takes of its teacher, and how its product is sampled."""
+    lines, handover = [], None
+    for stage in plan.stages:
+        name = f"{stage.name}: " if len(plan.stages) > 1 else ""
+        try:
+            # Later stages are built for this alone, on a copy: a method freezes the teacher that an earlier one trains.
+            method = stage.method if isinstance(stage.method, Method) else stage.method(copy.deepcopy(handover))
+        except ValueError as error:
+            return [*lines, f"{name}not known before the stage ahead of it has trained: {error}"]
+        last = stage is plan.stages[-1]
+        lines += [name + line for line in (*_guidance(method), *_of_product(method.generator(), rehearse and last))]
+        handover = method.handover()
+    return lines
+
+
+def _guidance(method: Method) -> list[str]:
+    """Of a method that says how it guides its teacher (`guidance`, as of `Generator`)."""
+    taken, teacher = getattr(method, "guidance", None), getattr(method, "teacher", None)
+    if taken is None or not isinstance(teacher, Generator):
+        return []
+    taken, sampled = _guided(taken), _guided(teacher.guidance)
+    line = f"the teacher's score is taken with {taken}"
+    return [line if taken == sampled else f"{line}, but it samples with {sampled}: its student learns the former"]
+
+
+def _guided(guidance: Mapping[str, Any]) -> str:
+    scale, interval, rescale = (guidance[f"guidance_{name}"] for name in ("scale", "interval", "rescale"))
+    if scale == 1:
+        return "no guidance"
+    between = "" if interval is None else f" at times {interval[0]:g} to {interval[1]:g}"
+    return f"guidance {scale:g}{between}" + (f", rescaled by {rescale:g}" if rescale else "")
 
 
 def _of_product(generator: Generator, rehearse: bool) -> list[str]:
     from diffusion.export import why_not
 
-    shown = ", ".join(f"{t:g}" for t in generator.times().tolist()[:8])
-    more = ", ..." if generator.steps > 7 else ""
-    lines = [f"sampled with {generator.sampler}, {_steps(generator)} at {shown}{more} (the last is the clean end)"]
+    # In full: who samples a student elsewhere has to give it these.
+    times = ", ".join(map(str, generator.times().tolist()))
+    lines = [f"sampled with {generator.sampler}, {_steps(generator)} at {times} (the last is the clean end)"]
     reason = why_not(generator) if rehearse else None
     return lines if reason is None else [*lines, f"will not be exported: {reason}"]
 
@@ -196,6 +228,7 @@ def _exported(
 
     if (reason := why_not(generator)) is not None:
         print(f"not exported: {reason}", flush=True)
+        print(f"evaluate, store and diffusion.models.Trained open {result.output_dir} itself", flush=True)
         return None
     which = "raw" if result.ema is None else "EMA"
     exported = export_generator(

@@ -201,3 +201,32 @@ def stable_diffusion_3(folder: Path, **scheduler: Any) -> Path:
         tokenizer_3=None,
     ).save_pretrained(folder)
     return folder
+
+
+def flux(folder: Path) -> Path:
+    """Distilled: its guidance scale is an input of the network."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    torch.manual_seed(0)
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581cat", "\u2581"]
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(folder.with_name(f"{folder.name}_words")),
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        tokenizer_2=T5TokenizerFast(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)]),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        ),
+    ).save_pretrained(folder)
+    return folder

@@ -25,7 +25,7 @@ USAGE = """usage: visiondistill <verb> [options]
   evaluate accuracy|cost --run DIR          measure a run again (or --model NAME --data.root DIR)
   evaluate fd|fid|kid|pr --run DIR          the images of a generator beside real ones (or --pipeline FOLDER)
   store --run DIR --file FILE               a teacher's logits on its training images, for the recipe `stored`
-  store pairs|latents --pipeline FOLDER     noise with a generator's samples; images encoded once by its VAE
+  store pairs|latents|prompts ...           a generator's samples with their noise; images or texts, encoded once
   export --run DIR [--onnx true]            export what a run made (again), from its checkpoint
   compare --file NAME|FILE [--seeds N]      recipes x seeds on one pair and budget, with intervals
   methods [NAME]                            the recipes that there are, or one of them whole

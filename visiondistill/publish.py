@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +80,46 @@ def export_again(
         SettingsError, RecipeError: the run cannot be built again, has no such checkpoint or
             average, or names no data; ONNX packages are missing.
     """
+    made = reopen(run, weights, checkpoint, changes)
+    about = {"recipe": made.config} | _unfinished(made.restored, made.plan)
+    place = None if folder is None else Path(folder)
+    return workshop_of(made.plan).export(made.plan, made.result, made.product, place, about, use=weights, onnx=onnx)
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A run that was built again, with a checkpoint in it, on the CPU.
+
+    Attributes:
+        config, plan: its recipe, and what was built of it.
+        restored: the checkpoint.
+        result: as of `engine.train`, without a history.
+        product: with the weights that were asked for.
+        weights: which these are: "EMA" or "raw".
+    """
+
+    config: recipes.Config
+    plan: recipes.Plan
+    restored: Restored
+    result: Result
+    product: nn.Module
+    weights: str
+
+
+def reopen(
+    run: str | Path,
+    weights: Weights = "auto",
+    checkpoint: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Reopened:
+    """What a run made, from its recipe and a checkpoint, whether or not it could be exported.
+
+    Args:
+        run, weights, checkpoint, changes: as of `export_again`.
+
+    Raises:
+        As of `export_again`.
+    """
     run = Path(run)
     if weights not in ("auto", "ema", "raw"):
         raise RecipeError(f"weights: {weights!r}; it must be auto, ema or raw")
@@ -94,10 +135,9 @@ def export_again(
     if weights == "ema" and restored.ema is None:
         raise RecipeError("weights: this run kept no average (run.ema_decay is null); take --weights raw")
     result = _as_result(restored, run)
-    product = result.product if result.ema is None or weights == "raw" else result.ema
-    about = {"recipe": config} | _unfinished(restored, plan)
-    place = None if folder is None else Path(folder)
-    return workshop_of(plan).export(plan, result, product, place, about, use=weights, onnx=onnx)
+    averaged = result.ema is not None and weights != "raw"
+    product = result.ema if averaged else result.product
+    return Reopened(config, plan, restored, result, product, "EMA" if averaged else "raw")
 
 
 def _rebuilt(config: recipes.Config, run: Path) -> recipes.Plan:

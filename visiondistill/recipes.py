@@ -12,7 +12,8 @@ One stage, with the parts that people change on top:
     run: {output_dir: runs/kd, batch_size: 64}
 
 Several stages stand under `stages`, by name, each with steps, method and optim. Method arguments
-called student, teacher and streams are filled from the top where the method leaves them out; from
+called student, teacher and streams are filled from the top where the method leaves them out, and so are a
+student's arguments num_classes and input_size, from the data, and teacher (`diffusion.models.lora`); from
 the second stage on, so is its first argument, with what the previous stage handed over. A stage that
 is handed another argument than the student does not get the student besides, if an earlier one trained it.
 `performance: auto` tries before step 1 whether channels-last weights, bf16 and compilation pay here.
@@ -48,7 +49,7 @@ FILLED = {"student": "student", "teacher": "teacher", "streams": "data"}
 """Arguments of methods that the top of the recipe gives, and by which key."""
 COMPARISONS = "compare"
 """Folder below `configs` whose files are no recipes; see `compare.py`."""
-FITTED = ("num_classes", "input_size")
+FITTED = ("num_classes", "input_size", "teacher")
 """Arguments of the student that the data give."""
 
 
@@ -316,13 +317,13 @@ def plan(config: Config, given: Mapping[str, Any] | None = None, source: Source 
         # Methods open what they read: validation images cost nothing where no part asks for them.
         splits = [split for split in ("train", "val") if split in built.source.splits]
         streams = {split: built.source.stream(run.batch_size, workers, split) for split in splits}
-    if "student" in config and built.student is None:
-        fitted = _fitted(config["student"], built.source)
-        with _seeded(run.seed, "student"):
-            built.student = schema.build(config["student"], nn.Module, "student", fitted)
     if "teacher" in config and built.teacher is None:
         with _seeded(run.seed, "teacher"):
             built.teacher = schema.build(config["teacher"], nn.Module, "teacher")
+    if "student" in config and built.student is None:
+        fitted = _fitted(config["student"], built.source, built.teacher)
+        with _seeded(run.seed, "student"):
+            built.student = schema.build(config["student"], nn.Module, "student", fitted)
     if built.source is not None:
         built.student, built.teacher = (_sized(net, built.source) for net in (built.student, built.teacher))
         _require_classes(built, len(built.source.classes))
@@ -479,14 +480,14 @@ def _handed_over(index: int, top: Collection[str], target: Callable, node: Confi
     return [first] if index and first is not None and first not in given else []
 
 
-def _fitted(node: Config, source: Source | None) -> Config:
-    """What the data decide about a student: its classes and, trained from scratch, its image size."""
-    if source is None:
-        return {}
+def _fitted(node: Config, source: Source | None, teacher: nn.Module | None) -> Config:
+    """What others decide about a student: its classes, trained from scratch its image size, whose weights it adapts."""
     own = node.get("init_args") or {}
     takes = schema.parameters_of(schema.resolve(node["class_path"], "student"))
-    fitted: Config = {"num_classes": len(source.classes)}
-    if source.input_size is not None and not own.get("pretrained", False):
+    fitted: Config = {} if teacher is None else {"teacher": teacher}
+    if source is not None:
+        fitted["num_classes"] = len(source.classes)
+    if source is not None and source.input_size is not None and not own.get("pretrained", False):
         fitted["input_size"] = source.input_size
     return {name: value for name, value in fitted.items() if name in takes and name not in own}
 

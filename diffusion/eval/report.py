@@ -178,7 +178,7 @@ def evaluate_generator(
         generator={
             "sha256": fingerprint(generator.state_dict()),
             "sampler": generator.sampler,
-            "guidance_scale": generator.guidance_scale,
+            **generator.guidance,
         },
         reference=real.info | {"sha256": real.sha256},
         extractors={extractor.name: extractor.facts for extractor in extractors},

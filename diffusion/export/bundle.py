@@ -1,6 +1,7 @@
 """A pipeline folder of diffusers that samples, without this package, as a generator does.
 
     model_index.json, unet/ or transformer/, scheduler/, vae/, text encoders     DiffusionPipeline.from_pretrained
+    lora/                                      a LoRA student's adapters alone   pipeline.load_lora_weights
     README.md, export.json                                                       for people, and for `open_generator`
 
 What was written is opened again and its images are compared before the folder gets its name.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.conditions import ClassLabels, Prompts
+from diffusion.conditions import ClassLabels, Prompts, TextEncoders
 from diffusion.denoiser import EDMPreconditioner
 from diffusion.export.card import render
 from diffusion.export.pipelines import Plan, plan
@@ -38,6 +39,9 @@ TOLERANCE = 1e-5
 
 ROWS = 2
 """Images that are compared."""
+
+ADAPTERS = "lora"
+"""Subfolder of an export whose weights have adapters merged into them: these alone."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ def export_generator(
 ) -> Exported:
     """Write a generator so that diffusers alone samples as it does, and prove that it does.
 
-    Adapters of a LoRA student are merged into the weights; `export_lora` writes them alone. Weights
-    are written in float32. With several processes the first one alone calls this.
+    Adapters of a LoRA student are merged into the weights; those of a text pipeline lie beside them
+    alone, too, as `export_lora` writes them. Weights are written in float32. With several processes
+    the first one alone calls this.
 
     Args:
         generator: a student, or a teacher whose sampler diffusers has.
@@ -132,6 +137,8 @@ def export_generator(
             fingerprint(_network(written).state_dict()),
             weights,
         )
+        if is_lora(generator.denoiser) and _encoders(generator) is not None:
+            export_lora(generator, unfinished / ADAPTERS, steps=steps, about=about, weights=weights)
         _describe(exported, unfinished, generator, written, about, weights)
     return exported
 
@@ -182,41 +189,54 @@ def _asked(generator: Generator) -> dict[str, Any]:
 
 
 def export_lora(
-    generator: Generator, folder: str | Path, *, about: About | None = None, weights: str = "as given"
+    generator: Generator,
+    folder: str | Path,
+    *,
+    steps: int | None = None,
+    about: About | None = None,
+    weights: str = "as given",
 ) -> Path:
     """Write a LoRA student's adapters alone, for `pipeline.load_lora_weights(folder)`, and its scheduler.
 
     Their strength alpha/rank is in the weights: every loader gives them the strength that they were
     trained with.
 
+    Args:
+        generator, folder, steps, about, weights: as of `export_generator`.
+
     Raises:
         ValueError: a generator without adapters or prompts, or a folder that is in use.
     """
     import diffusers
 
-    folder = Path(folder)
+    folder, steps = Path(folder), steps or generator.steps
     check_free(folder)
     if not is_lora(generator.denoiser):
         raise ValueError("the generator has no adapters: export it whole, by export_generator")
-    encoders = getattr(generator.conditions, "encoders", None)
+    encoders = _encoders(generator)
     if encoders is None:
         raise ValueError("adapters are loaded into a text pipeline, and this generator has none: export it whole")
     part = "transformer" if "Transformer" in type(inner_model(generator.denoiser)).__name__ else "unet"
     with written_whole(folder) as unfinished:
         pipeline = getattr(diffusers, encoders.pipeline)
         pipeline.save_lora_weights(unfinished, **{f"{part}_lora_layers": lora_state(generator.denoiser)})
-        scheduler = scheduler_for(generator, generator.steps)
+        scheduler = scheduler_for(generator, steps)
         scheduler.save_pretrained(unfinished / "scheduler")
         facts = {
             "adapters_of": encoders.pipeline,
             "scheduler": type(scheduler).__name__,
-            "steps": generator.steps,
+            "steps": steps,
             "weights": weights,
             "files": _files(unfinished),
             "about": asdict(about or About()),
         }
         _write_facts(unfinished, facts)
     return folder
+
+
+def _encoders(generator: Generator) -> TextEncoders | None:
+    """Those of a text pipeline; adapters can be loaded into no other."""
+    return getattr(generator.conditions, "encoders", None)
 
 
 def _absent(written: Plan) -> dict[str, None]:
@@ -246,7 +266,7 @@ def _describe(
         "sampler": generator.sampler,
         "process": repr(generator.process),
         "prediction_type": generator.denoiser.prediction_type,
-        "guidance_scale": generator.guidance_scale,
+        **generator.guidance,
         "input_size": list(generator.input_size),
         "largest_difference": exported.largest_difference,
         "weights": {"which": weights, "sha256": exported.weights_sha256, "dtype": "float32"},
@@ -254,6 +274,8 @@ def _describe(
         "about": asdict(about),
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers")},
     }
+    if (folder / ADAPTERS).is_dir():
+        facts["adapters"] = ADAPTERS
     if generator.num_classes:
         facts["num_classes"] = generator.num_classes
     if isinstance(network, EDMPreconditioner):

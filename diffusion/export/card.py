@@ -27,6 +27,12 @@ The strength (alpha / rank) is in the weights themselves. **`guidance_scale=1` i
 pipeline guides by default, and this student was trained to be sampled without guidance.**"""
 
 
+MERGED = (
+    "The weights hold merged adapters. Alone, for `load_lora_weights` on the teacher's pipeline, these are in "
+    "`{folder}/`, and its README says how they are loaded."
+)
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """README.md of an export.
 
@@ -62,6 +68,7 @@ def _use(facts: Mapping[str, Any]) -> str:
         f"Images are {size}. The network is called at the times {', '.join(f'{t:g}' for t in facts['times'][:-1])}; "
         f"the images equal the training-time sampler's to {facts['largest_difference']:.1g} (pixels in [0, 1]).",
         *facts["notes"],
+        *([MERGED.format(folder=facts["adapters"])] if "adapters" in facts else []),
         f"Weights: {facts['weights']['which']}, {facts['weights']['dtype']}, sha256 of the tensors "
         f"`{facts['weights']['sha256']}`.",
     ]

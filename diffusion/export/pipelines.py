@@ -65,7 +65,24 @@ def plan(generator: Generator, steps: int) -> Plan:
             f"{kind} is no network of a diffusers pipeline that is written here ({', '.join(make)}): "
             f"distil into one of these, or save its state dict with torch"
         )
+    _check_guidance(generator, kind)
     return make[kind](generator, model, steps)
+
+
+def _check_guidance(generator: Generator, kind: str) -> None:
+    """No pipeline of these has an interval; those of `UNet2DConditionModel` alone rescale, by the same formula."""
+    if generator.guidance_scale == 1:
+        return
+    if generator.guidance_interval is not None:
+        raise ValueError(
+            f"no pipeline of {kind} guides in an interval: export with guidance_interval=None, not "
+            f"{list(generator.guidance_interval)}, or distil the guided teacher"
+        )
+    if generator.guidance_rescale and kind != "UNet2DConditionModel":
+        raise ValueError(
+            f"no pipeline of {kind} rescales guidance: export with guidance_rescale=0, not "
+            f"{generator.guidance_rescale}, or distil the guided teacher"
+        )
 
 
 def _pixels(generator: Generator, model: nn.Module, steps: int) -> Plan:
@@ -136,11 +153,14 @@ def _text(generator: Generator, model: nn.Module, steps: int) -> Plan:
         part = "unet"
         if not guided:
             model, call = _self_guided(model), {}
+        elif generator.guidance_rescale:
+            call["guidance_rescale"] = float(generator.guidance_rescale)
     models = {part: model, "vae": codec.vae, "scheduler": scheduler_for(generator, steps)}
     pipeline = assemble(Path(prompts.encoders.folder), models)
     if not call:
         return Plan(pipeline, notes=(SELF_GUIDED,))
-    told = f"The call guides by another scale unless told otherwise: give `guidance_scale={call['guidance_scale']:g}`."
+    named = ", ".join(f"{name}={value:g}" for name, value in call.items())
+    told = f"The call guides otherwise unless told: give `{named}`."
     return Plan(pipeline, call, seeds_call=part == "unet", notes=(told,))
 
 

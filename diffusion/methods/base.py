@@ -58,7 +58,7 @@ class GeneratorMethod(Method):
             conditions=like.conditions,
             steps=like.steps,
             sampler=like.sampler,
-            guidance_scale=like.guidance_scale,
+            **like.guidance,
         )
 
     def presented(self, network: Denoiser) -> Generator:
@@ -110,11 +110,11 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser).requires_grad_(True)
 
 
-def only(streams: Mapping[str, Stream] | None, name: str, codec: Codec, why: str) -> dict[str, Stream]:
+def only(streams: Mapping[str, Stream] | None, name: str, like: Generator, why: str) -> dict[str, Stream]:
     """Of all streams the one that a method reads: others are not opened.
 
     Raises:
-        ValueError: it is missing, or holds codes that another codec made.
+        ValueError: it is missing, or holds codes of another codec than `like` has, or captions of other prompts.
     """
     if name not in (streams or {}):
         raise ValueError(
@@ -122,7 +122,8 @@ def only(streams: Mapping[str, Stream] | None, name: str, codec: Codec, why: str
         )
     held = getattr(streams[name], "data", None)
     if isinstance(held, Codes):
-        held.require(codec)
+        held.require(like.codec)
+        held.require_prompts(like.conditions)
     return {name: streams[name]}
 
 

@@ -55,7 +55,7 @@ class Denoising(GeneratorMethod):
             student,
             {"student": student.denoiser},
             frozen={"codec": student.codec},
-            streams=only(streams, "train", student.codec, why="Denoising"),
+            streams=only(streams, "train", student, why="Denoising"),
             frame_block=frame_block,
         )
         self.space = space or own_space(student.denoiser)

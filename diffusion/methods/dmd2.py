@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion.critics import GAN, discriminator_of
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, Interval, check_guidance
 from diffusion.generator import Generator
 from diffusion.losses import (
     dmd_loss,
@@ -106,7 +106,8 @@ class DMD2(GeneratorMethod):
             critic's, instead of a critic that plays in every step.
         student_steps: steps that the student takes; above 1 it trains on inputs that it made
             itself (backward simulation) at the times `teacher.process.student_times(student_steps)`.
-        guidance_scale: of the real score; 1 is off, default what the teacher samples with. The fake
+        guidance_scale, guidance_interval, guidance_rescale: of the real score, as of `Generator`; each by
+            default what the teacher samples with (an interval of all times lifts the teacher's). The fake
             score is never guided.
         score_times: law of the noise levels at which the scores are compared; default the
             process's own law on 2 % to 98 % of its way.
@@ -120,8 +121,9 @@ class DMD2(GeneratorMethod):
 
     Raises:
         ValueError: student_every < 1 (2 to alternate), student_steps < 1, guidance without
-            null conditions, a student or critic on another path, of another shape or with weights of
-            another role, a teacher that has no other precision, pairs of another teacher, or `gan` without data.
+            null conditions or as of `check_guidance`, a student or critic on another path, of another shape or
+            with weights of another role, a teacher that has no other precision, pairs of another teacher or of
+            another guidance than it samples with, or `gan` without data.
     """
 
     def __init__(
@@ -136,6 +138,8 @@ class DMD2(GeneratorMethod):
         alternate: bool = False,
         student_steps: int = 1,
         guidance_scale: float | None = None,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float | None = None,
         score_times: TimeLaw | None = None,
         critic_times: TimeLaw | None = None,
         frame_block: int | None = None,
@@ -147,9 +151,7 @@ class DMD2(GeneratorMethod):
     ) -> None:
         choose("critic_space", critic_space, (None, *TARGETS))
         choose("teacher_precision", teacher_precision, ("own", "bf16"))
-        guidance_scale = teacher.guidance_scale if guidance_scale is None else guidance_scale
-        if guidance_scale != 1 and not has_null(teacher.conditions):
-            raise ValueError(f"guidance_scale={guidance_scale} needs a teacher with null conditions; 1 switches it off")
+        guidance = _guidance(teacher, guidance_scale, guidance_interval, guidance_rescale)
         if student_every < 1 + alternate:
             raise ValueError(f"student_every={student_every} is not allowed: at least {1 + alternate}")
         players = {
@@ -159,14 +161,14 @@ class DMD2(GeneratorMethod):
         kept = frozen_copy(teacher) if teacher_precision == "bf16" else teacher
         super().__init__(kept, players, frozen={"teacher": kept}, frame_block=frame_block)
         self.student_every, self.alternate, self.student_steps = student_every, alternate, student_steps
-        self.guidance_scale, self.normalize = guidance_scale, normalize
+        self.guidance, self.normalize = guidance, normalize
         self.critic_space, self.sigma_data = critic_space or own_space(self.players["fake_score"]), sigma_data
         self.times = self.process.student_times(student_steps).tolist()
         self.score_times = score_times or self.process.time_law(*SCORE_RANGE)
         self.critic_times = critic_times or self.process.time_law()
         self.gan, self._pairs = gan, None
         if gan is not None:
-            self.streams |= only(streams, "train", teacher.codec, why="the adversarial term")
+            self.streams |= only(streams, "train", teacher, why="the adversarial term")
             self.gan_times = gan.times or self.process.time_law()
             self.players["discriminator"] = self._discriminator()
         if regression is not None:
@@ -178,6 +180,10 @@ class DMD2(GeneratorMethod):
     @property
     def teacher(self) -> Generator:
         return self.frozen["teacher"]
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.guidance["guidance_scale"]
 
     def generator(self, network: Denoiser | None = None) -> Generator:
         return self.teacher.student(network or self.product(), self.student_steps)
@@ -274,9 +280,7 @@ class DMD2(GeneratorMethod):
         images = self.generate(**batch["input"], condition=condition)
         x_t, t = self.process.add_noise(images, **batch["score"]), batch["score"]["t"]
         with torch.no_grad():
-            real = self.teacher.denoiser(
-                x_t, t, condition, guidance_scale=self.guidance_scale, null_condition=batch["null_condition"]
-            )
+            real = self.teacher.denoiser(x_t, t, condition, null_condition=batch["null_condition"], **self.guidance)
             fake = self.players["fake_score"](x_t, t, condition)
         terms = {"dmd": dmd_loss(images, real.x0, fake.x0, normalize=self.normalize)}
         if self.gan is not None:
@@ -324,6 +328,19 @@ class DMD2(GeneratorMethod):
         x_t = torch.zeros(1, *self.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
         condition = self.conditions.at([0], held.device)[0] if self.conditions else None
         return discriminator_of(self._judge, self.gan.taps, x_t, expand_time(self.times[0], x_t), condition)
+
+
+def _guidance(
+    teacher: Generator, scale: float | None, interval: Interval | None, rescale: float | None
+) -> dict[str, Any]:
+    """What the teacher samples with, where nothing else is said."""
+    said = {"guidance_scale": scale, "guidance_interval": interval, "guidance_rescale": rescale}
+    guidance = teacher.guidance | {name: value for name, value in said.items() if value is not None}
+    scale = guidance["guidance_scale"]
+    if scale != 1 and not has_null(teacher.conditions):
+        raise ValueError(f"guidance_scale={scale} needs a teacher with null conditions; 1 switches it off")
+    check_guidance(teacher.process, guidance["guidance_interval"], guidance["guidance_rescale"])
+    return guidance
 
 
 def _player(role: str, given: Generator | Denoiser | None, teacher: Generator) -> Denoiser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from diffusion.codecs import Codec, Latents, Pixels
-from diffusion.conditions import ClassLabels, Conditions, TextEncoders
-from diffusion.denoiser import Denoiser, EDMPreconditioner
+from diffusion.conditions import ClassLabels, Conditions, Prompts, TextEncoders
+from diffusion.denoiser import Denoiser, EDMPreconditioner, Interval
 from diffusion.generator import Generator, Sampler
 from diffusion.models.networks import DiffusersNetwork, checkpoint_gradients
 from diffusion.models.prompts import ENCODE, encode_prompts, read_prompts
@@ -41,12 +42,15 @@ class Pipeline(Generator):
         num_classes: of a class-conditional network, where its label table holds a null label besides;
             default: the whole table of a UNet2DModel, which then cannot be guided.
         prompts: file for a text-conditional pipeline, one prompt a line.
-        cache: safetensors file that keeps the prompts' embeddings; see `encode_prompts`.
+        cache: folder that keeps the prompts' embeddings, see `encode_prompts`; where it has them, no text
+            encoder is loaded.
         steps: it samples with; default the number that an export of ours names, else 4 for a folder
             that samples in a few steps, else 50.
         sampler: default "student" for a folder that samples in a few steps.
-        guidance_scale: of sampling; 1 is off.
+        guidance_scale, guidance_interval, guidance_rescale: as of `Generator`.
         gradient_checkpointing: recompute activations in backward passes.
+        embedded_guidance: that a network which takes its guidance scale as an input always gets, such as a
+            distilled Flux; see `DiffusersNetwork`.
 
     Attributes:
         notes: what the folder's own pipeline does besides, for a preflight.
@@ -65,37 +69,42 @@ class Pipeline(Generator):
         steps: int | None = None,
         sampler: Sampler = "auto",
         guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
         gradient_checkpointing: bool = False,
+        embedded_guidance: float | None = None,
     ) -> None:
         place = Path(folder)
         index, facts = read_index(place), _facts(place)
         parts = _parts(place, index)
         _check_prompts(place, parts, prompts)
         noising = read_scheduler(place / "scheduler")
-        for name in parts:
-            if not name.startswith("tokenizer"):
-                check_weights(place / name)
-        models = {name: load_model(place / name, index[name]) for name in parts if not name.startswith("tokenizer")}
+        _check_weights_of(place, parts)
+        # Before the others are loaded: the text encoders are not needed any more then.
+        words = None if prompts is None else _prompts(place, index, parts, prompts, cache)
+        models = {name: load_model(place / name, index[name]) for name in parts if name not in TEXT}
         network = models["unet" if "unet" in models else "transformer"]
         _check_network(network, place)
         codec: Codec = Latents(models["vae"]) if "vae" in models else Pixels()
         told = num_classes if num_classes is not None else facts.get("num_classes")
-        conditions = _conditions(place, index, network, models, told, prompts, cache)
+        conditions = _labels(place, network, told) if words is None else words
         if guidance_scale != 1 and isinstance(conditions, ClassLabels) and not conditions.null:
             raise ValueError(
                 f"{place}: guidance_scale={guidance_scale} needs a null label, and all {conditions.num_classes} rows "
                 f"of its table are taken for classes: say num_classes={conditions.num_classes - 1} if the last is null"
             )
         few = noising.few_steps
-        denoiser = _denoiser(network, noising, facts)
+        denoiser = _denoiser(network, noising, facts, embedded_guidance)
         super().__init__(
             checkpoint_gradients(denoiser) if gradient_checkpointing else denoiser,
-            _shape(network),
+            _shape(network, codec),
             codec=codec,
             conditions=conditions,
             steps=steps or facts.get("steps") or (4 if few else 50),
             sampler="student" if few and sampler == "auto" else sampler,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
         self.folder, self.notes = str(folder), noising.notes
 
@@ -103,6 +112,41 @@ class Pipeline(Generator):
 def open_generator(folder: str | Path, **options: Any) -> Generator:
     """A pipeline folder of diffusers as a generator; options as of `Pipeline`."""
     return Pipeline(str(folder), **options)
+
+
+def store_prompts(
+    folder: str | Path,
+    file: str | Path,
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Prompts:
+    """Encode the prompts of a file by a pipeline's text encoders alone, and keep them in the folder `path`.
+
+    `open_generator(folder, prompts=file, cache=path)` then loads no text encoder. What is there
+    already is read.
+
+    Args:
+        folder: of the pipeline.
+        file, path, batch_size: as of `encode_prompts`.
+        device: of the encoders.
+
+    Raises:
+        ValueError: a pipeline without text encoders or that is partly filled, and whatever `encode_prompts` refuses.
+    """
+    place = Path(folder)
+    index = read_index(place)
+    parts = _parts(place, index)
+    _check_prompts(place, parts, str(file))
+    _check_weights_of(place, parts)
+    return _prompts(place, index, parts, str(file), str(path), batch_size, device)
+
+
+def _check_weights_of(folder: Path, parts: list[str]) -> None:
+    for name in parts:
+        if not name.startswith("tokenizer"):
+            check_weights(folder / name)
 
 
 def check_weights(folder: Path) -> None:
@@ -141,26 +185,31 @@ def load_model(folder: Path, source: list[str]) -> nn.Module:
     Raises:
         ValueError: an unknown class, or files that lack tensors, have others, or cannot be read.
     """
+    library, kind = source[0], _class_of(folder, source)
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    precision = "dtype" if library == "transformers" else "torch_dtype"
+    try:
+        model, info = kind.from_pretrained(folder, **{precision: torch.float32}, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    wrong = {which: sorted(map(str, info[f"{which}_keys"])) for which in ("missing", "mismatched", "unexpected")}
+    if library == "transformers":
+        wrong.pop("unexpected")  # older files hold buffers that are computed now
+    for which, keys in wrong.items():
+        if keys:
+            raise ValueError(
+                f"{folder}: {len(keys)} {which} tensors, such as {keys[0]}: its files do not fit its config"
+            )
+    return model.eval()
+
+
+def _class_of(folder: Path, source: list[str]) -> Any:
     from importlib import import_module
 
     library, name = source
     if library not in ("diffusers", "transformers") or not hasattr(module := import_module(library), name):
         raise ValueError(f"{folder}: {library}.{name} is not known; parts are classes of diffusers and transformers")
-    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    precision = "dtype" if library == "transformers" else "torch_dtype"
-    try:
-        model, info = getattr(module, name).from_pretrained(folder, **{precision: torch.float32}, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
-    if library == "transformers":
-        wrong.pop("unexpected")  # older files hold buffers that are computed now
-    for kind, keys in wrong.items():
-        if keys:
-            raise ValueError(
-                f"{folder}: {len(keys)} {kind} tensors, such as {keys[0]}: its files do not fit its config"
-            )
-    return model.eval()
+    return getattr(module, name)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -210,40 +259,59 @@ def _check_network(network: nn.Module, folder: Path) -> None:
         raise ValueError(
             f"{folder}: the network takes its guidance scale as an input (time_cond_proj_dim), which is not supported"
         )
-    if getattr(network.config, "guidance_embeds", False):
-        raise ValueError(f"{folder}: the network takes its guidance scale as an input (guidance_embeds)")
 
 
-def _denoiser(network: nn.Module, noising: Noising, facts: dict[str, Any]) -> Denoiser:
+def _denoiser(network: nn.Module, noising: Noising, facts: dict[str, Any], embedded_guidance: float | None) -> Denoiser:
     if "shift" in facts:  # in grids of ours the shift is part of what stands in the scheduler
         noising = replace(noising, process=FlowProcess(facts["shift"]))
-    adapted: nn.Module = DiffusersNetwork(network, noising.time_scale)
+    adapted: nn.Module = DiffusersNetwork(network, noising.time_scale, embedded_guidance=embedded_guidance)
     if noising.sigma_data is not None:
         adapted = EDMPreconditioner(adapted, noising.sigma_data, facts.get("sigma_min", noising.process.min_t))
     return Denoiser(adapted, noising.process, noising.prediction_type)
 
 
-def _shape(network: nn.Module) -> tuple[int, ...]:
-    size = network.config.sample_size
+def _shape(network: nn.Module, codec: Codec) -> tuple[int, ...]:
+    if "sample_size" not in network.config and isinstance(codec, Latents):  # of any size, as Flux: the autoencoder's
+        vae = codec.vae.config
+        side = vae.sample_size // 2 ** (len(vae.block_out_channels) - 1)
+        return (vae.latent_channels, side, side)
+    size = network.config.get("sample_size")
     if size is None:
         raise ValueError(f"config.json of {type(network).__name__} says no sample_size: write its images' side there")
     height, width = (size, size) if isinstance(size, int) else size
     return (network.config.in_channels, height, width)
 
 
-def _conditions(
+def _prompts(
     folder: Path,
     index: dict[str, Any],
-    network: nn.Module,
-    models: dict[str, nn.Module],
-    num_classes: int | None,
-    prompts: str | None,
+    parts: list[str],
+    prompts: str,
     cache: str | None,
-) -> Conditions | None:
-    if prompts is not None:
-        texts = tuple(name for name in TEXT if isinstance(index.get(name), list) and index[name][0] is not None)
-        encoders = TextEncoders(str(folder), index["_class_name"], texts)
-        return encode_prompts(assemble(folder, models), encoders, prompts, cache)
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Prompts:
+    encoders = TextEncoders(str(folder), index["_class_name"], tuple(name for name in TEXT if name in parts))
+    opened = partial(_text_pipeline, folder, index, parts, device)
+    return encode_prompts(opened, encoders, prompts, cache, batch_size)
+
+
+def _text_pipeline(folder: Path, index: dict[str, Any], parts: list[str], device: torch.device | str) -> Any:
+    """The folder's pipeline with the weights of its text encoders alone; it asks the other parts for their sizes."""
+    from accelerate import init_empty_weights
+
+    models = {}
+    for name in parts:
+        if name in TEXT and not name.startswith("tokenizer"):
+            models[name] = load_model(folder / name, index[name]).to(device)
+        elif name not in TEXT:
+            kind = _class_of(folder / name, index[name])
+            with init_empty_weights():
+                models[name] = kind.from_config(read_json(folder / name / "config.json"))
+    return assemble(folder, models)
+
+
+def _labels(folder: Path, network: nn.Module, num_classes: int | None) -> Conditions | None:
     table, null = _label_table(network)
     if table is None:
         if num_classes is not None:

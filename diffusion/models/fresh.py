@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.codecs import Pixels
 from diffusion.conditions import ClassLabels
-from diffusion.denoiser import Denoiser, EDMPreconditioner
+from diffusion.denoiser import Denoiser, EDMPreconditioner, Interval
 from diffusion.generator import Generator, Sampler
 from diffusion.models.networks import DiffusersNetwork, OwnNetwork, checkpoint_gradients
 from diffusion.process import EDMProcess, Process, VPProcess
@@ -48,7 +48,7 @@ class UNet2D(Generator):
         norm_num_groups: of group normalisation; divides every width.
         dropout: of the residual blocks.
         sigma_data: of EDM's preconditioning.
-        steps, sampler, guidance_scale: as of `Generator`.
+        steps, sampler, guidance_scale, guidance_interval, guidance_rescale: as of `Generator`.
         gradient_checkpointing: recompute activations in backward passes.
 
     Raises:
@@ -70,6 +70,8 @@ class UNet2D(Generator):
         steps: int = 18,
         sampler: Sampler = "auto",
         guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         from diffusers import UNet2DModel
@@ -96,6 +98,8 @@ class UNet2D(Generator):
             steps=steps,
             sampler=sampler,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
 
 
@@ -107,7 +111,7 @@ class DiT(Generator):
         patch_size: side of a token; divides the size.
         num_layers, num_attention_heads, attention_head_dim: of the transformer.
         process, prediction_type, sigma_data: as of `UNet2D`.
-        steps, sampler, guidance_scale: as of `Generator`.
+        steps, sampler, guidance_scale, guidance_interval, guidance_rescale: as of `Generator`.
         gradient_checkpointing: recompute activations in backward passes.
 
     Raises:
@@ -128,6 +132,8 @@ class DiT(Generator):
         steps: int = 18,
         sampler: Sampler = "auto",
         guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         from diffusers import DiTTransformer2DModel
@@ -153,6 +159,8 @@ class DiT(Generator):
             steps=steps,
             sampler=sampler,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
 
 
@@ -169,7 +177,8 @@ class Custom(Generator):
         num_classes: of class labels; the null label is `num_classes`.
         weights: a safetensors file, or a PyTorch file that holds tensors alone, with the network's state
             dict; None: as the network comes.
-        steps, sampler, guidance_scale: as of `Generator`.
+        steps, sampler, guidance_scale, guidance_interval, guidance_rescale: as of `Generator`.
+        null_label: whether the network knows the null label; false: it cannot be guided.
 
     Raises:
         ValueError: weights that cannot be read or do not fit.
@@ -189,6 +198,9 @@ class Custom(Generator):
         steps: int = 50,
         sampler: Sampler = "auto",
         guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_rescale: float = 0.0,
+        null_label: bool = True,
     ) -> None:
         if weights is not None:
             _load(network, Path(weights))
@@ -196,10 +208,12 @@ class Custom(Generator):
             Denoiser(OwnNetwork(network, time_scale), process, prediction_type),
             shape,
             codec=Pixels(low, high),
-            conditions=None if num_classes is None else ClassLabels(num_classes),
+            conditions=None if num_classes is None else ClassLabels(num_classes, null_label),
             steps=steps,
             sampler=sampler,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         )
 
 

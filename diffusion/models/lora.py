@@ -16,7 +16,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def lora(
-    generator: Generator,
+    teacher: Generator,
     rank: int = 16,
     alpha: float | None = None,
     target_modules: Sequence[str] = ATTENTION,
@@ -28,7 +28,7 @@ def lora(
     in the teacher too.
 
     Args:
-        generator: the teacher.
+        teacher: recipes give theirs.
         rank: of each adapter.
         alpha: the adapters count alpha/rank; default rank.
         target_modules: ends of the names of the layers that get one.
@@ -39,15 +39,15 @@ def lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if is_lora(generator.denoiser):
-        raise ValueError("the generator has adapters already: give the one that they were put on")
-    student = copy.deepcopy(generator.denoiser, {id(held): held for held in generator.denoiser.parameters()})
+    if is_lora(teacher.denoiser):
+        raise ValueError("the teacher has adapters already: give the one that they were put on")
+    student = copy.deepcopy(teacher.denoiser, {id(held): held for held in teacher.denoiser.parameters()})
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(target_modules))
     try:
         inject_adapter_in_model(config, inner_model(student))
     except ValueError as error:
         raise ValueError(f"target_modules={list(target_modules)}: {error}") from error
-    return generator.student(student, steps)
+    return teacher.student(student, steps)
 
 
 def is_lora(denoiser: Denoiser) -> bool:

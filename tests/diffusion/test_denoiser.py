@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.denoiser import Denoiser, EDMPreconditioner, apply_guidance, edm_scalings
+from diffusion.denoiser import Denoiser, EDMPreconditioner, apply_guidance, edm_scalings, rescale_guidance
 from diffusion.process import KINDS, EDMProcess, FlowProcess, VPProcess
 
 
@@ -130,6 +130,124 @@ def test_guidance_of_half_precision_is_computed_in_float32():
     got = apply_guidance([u, c], [7.5])
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, (u.float() + 7.5 * (c.float() - u.float())).bfloat16())
+
+
+def linear(x, t, condition):
+    """x * condition: guided by s from a null condition n, it is x * (n + s*(condition - n))."""
+    return x * condition.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+NULL, TOLD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([1.0, 2.0, 3.0])
+GUIDED = NULL + 3 * (TOLD - NULL)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("scale", [3.0, torch.full((3,), 3.0)])
+def test_guidance_acts_in_its_interval_alone_sample_by_sample(batched, scale):
+    denoiser = Denoiser(linear, EDMProcess(), "x0", batched_guidance=batched)
+    x = torch.randn(3, 2, 4, 4)
+    guide = {"guidance_scale": scale, "guidance_interval": (0.3, 5.0), "null_condition": NULL}
+    told, all_of_it = (factor.reshape(3, 1, 1, 1) * x for factor in (TOLD, GUIDED))
+    got = denoiser(x, torch.tensor([0.29, 1.0, 5.1]), TOLD, **guide).x0
+    assert torch.equal(got[::2], told[::2]), "outside the conditional prediction, to the bit"
+    torch.testing.assert_close(got[1], all_of_it[1])
+    # Both ends belong to it, though float32 has neither 0.3 nor this other number.
+    ends = denoiser(x, torch.tensor([0.3, 5.0, 4.999]).double(), TOLD, **guide).x0
+    torch.testing.assert_close(ends, all_of_it)
+    for t, expected in ((0.1, told), (2.0, all_of_it)):
+        torch.testing.assert_close(denoiser(x, t, TOLD, **guide).x0, expected)
+
+
+def test_an_interval_on_a_table_holds_its_integer_times():
+    denoiser = Denoiser(linear, VPProcess.from_betas(), "eps")
+    guide = {"guidance_scale": 3.0, "guidance_interval": (100, 700), "null_condition": NULL}
+    got = denoiser(torch.ones(3, 2), torch.tensor([99, 100, 700]), TOLD, **guide).eps
+    torch.testing.assert_close(got[:, 0], torch.stack([TOLD[0], GUIDED[1], GUIDED[2]]))
+
+
+def test_guidance_acts_in_its_interval_alone_frame_by_frame():
+    denoiser, x = Denoiser(linear, FlowProcess(), "velocity"), torch.randn(3, 2, 1, 4, 4)
+    t = torch.tensor([[0.1, 0.5], [0.5, 0.9], [0.5, 0.6]])
+    acts = torch.tensor([[False, True], [True, False], [True, True]])
+    guide = {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.8), "null_condition": NULL}
+    factor = torch.where(acts, GUIDED[:, None], TOLD[:, None])
+    torch.testing.assert_close(denoiser(x, t, TOLD, **guide).velocity, factor[:, :, None, None, None] * x)
+    # A linear network's guided frames have its conditional frames' shape: rescaled by 1, they are these.
+    rescaled = denoiser(x, t, TOLD, **guide, guidance_rescale=1.0).velocity
+    torch.testing.assert_close(rescaled, TOLD.reshape(3, 1, 1, 1, 1) * x)
+
+
+def test_rescaled_guidance_is_the_papers_formula():
+    torch.manual_seed(0)
+    denoiser = Denoiser(Conditional(), FlowProcess(), "velocity")
+    x, t, c = torch.randn(3, 3), torch.rand(3), torch.tensor([0, 1, 2])
+    guide = {"guidance_scale": 6.0, "null_condition": torch.full_like(c, 4)}
+    plain, cond = denoiser(x, t, c, **guide).velocity, denoiser(x, t, c).velocity
+    assert torch.equal(denoiser(x, t, c, **guide, guidance_rescale=0.0).velocity, plain)
+    whole, part = (denoiser(x, t, c, **guide, guidance_rescale=phi).velocity for phi in (1.0, 0.7))
+    torch.testing.assert_close(whole.std(1), cond.std(1))
+    torch.testing.assert_close(whole, plain * (cond.std(1) / plain.std(1))[:, None])
+    torch.testing.assert_close(part, 0.7 * whole + 0.3 * plain)
+    assert not torch.allclose(part, plain, rtol=0.05)
+
+
+def test_samples_have_one_contrast_and_frames_of_their_own_times_each_their_own():
+    torch.manual_seed(0)
+    guided, cond = (
+        torch.randn(2, 3, 4, 2, 2) * torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1),
+        torch.randn(2, 3, 4, 2, 2),
+    )
+    for leading in (1, 2):
+        got = rescale_guidance(guided, cond, 1.0, leading=leading)
+        torch.testing.assert_close(got.flatten(leading).std(leading), cond.flatten(leading).std(leading))
+    denoiser = Denoiser(lambda x, t, c: torch.where(c.reshape(-1, 1, 1, 1, 1) > 0, cond, guided), FlowProcess(), "x0")
+    guide = {"guidance_scale": 0.0, "guidance_rescale": 1.0, "null_condition": torch.zeros(2)}
+    denoiser.batched_guidance = False
+    for t, leading in ((torch.full((2,), 0.5), 1), (torch.full((2, 3), 0.5), 2)):
+        got = denoiser(guided, t, torch.ones(2), **guide).x0
+        torch.testing.assert_close(got, rescale_guidance(guided, cond, 1.0, leading=leading))
+
+
+def test_rescaling_is_in_the_networks_own_space_and_in_float32():
+    torch.manual_seed(0)
+    u, c = (torch.randn(2, 64) for _ in range(2))
+    denoiser = Denoiser(lambda x, t, told: torch.where(told[:, None] > 0, c, u).to(x), FlowProcess(), "eps")
+    denoiser.batched_guidance = False
+    guide = {"guidance_scale": 4.0, "guidance_rescale": 0.7, "null_condition": torch.zeros(2)}
+    value = denoiser(torch.randn(2, 64), 0.5, torch.ones(2), **guide).eps
+    torch.testing.assert_close(value, rescale_guidance(apply_guidance([u, c], [4.0]), c, 0.7))
+    u, c = u.bfloat16().float(), c.bfloat16().float()
+    got = denoiser(torch.randn(2, 64).bfloat16(), 0.5, torch.ones(2), **guide).value
+    assert torch.equal(got, rescale_guidance(apply_guidance([u, c], [4.0]), c, 0.7).bfloat16())
+
+
+def test_a_network_that_says_nothing_yet_is_rescaled_to_nothing():
+    got = rescale_guidance(torch.zeros(2, 4), torch.zeros(2, 4), 0.7)
+    assert torch.equal(got, torch.zeros(2, 4))
+
+
+def test_at_scale_one_there_is_nothing_to_restrict_or_rescale():
+    network = Conditional()
+    denoiser = Denoiser(network, FlowProcess(), "velocity")
+    x, t, c = torch.randn(3, 3), torch.rand(3), torch.tensor([0, 1, 2])
+    got = denoiser(x, t, c, guidance_scale=1.0, guidance_interval=(0.2, 0.4), guidance_rescale=0.7).velocity
+    assert [shape for shape, *_ in network.calls] == [(3, 3)]
+    assert torch.equal(got, denoiser(x, t, c).velocity)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval=\[0\.8, 0\.2\] is not allowed.*from 0 to 1"),
+        ({"guidance_interval": (0.2, 5.0)}, r"guidance_interval=\[0\.2, 5\.0\] is not allowed.*FlowProcess"),
+        ({"guidance_interval": (-0.1, 0.5)}, r"guidance_interval"),
+        ({"guidance_rescale": 1.1}, r"guidance_rescale=1\.1 is not allowed: from 0"),
+        ({"guidance_rescale": -0.1}, r"guidance_rescale=-0\.1 is not allowed"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Denoiser(linear, FlowProcess(), "velocity")(torch.ones(3, 2), 0.5, TOLD, null_condition=NULL, **wrong)
 
 
 def test_edm_scalings_limits():

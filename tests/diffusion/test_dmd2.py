@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import small
 import torch
 import torch._dynamo
 from torch import nn
@@ -162,6 +163,39 @@ def test_the_normaliser_sees_the_guided_teacher():
     real, null = method.frozen["teacher"].denoiser, torch.full_like(c, 4)
     guided = real(x_t, t, null).x0 + 4 * (real(x_t, t, c).x0 - real(x_t, t, null).x0)
     torch.testing.assert_close(terms["dmd"], dmd_loss(images, guided, method.players["fake_score"](x_t, t, c).x0))
+
+
+@pytest.mark.parametrize("frame_block", [None, 1])
+def test_the_real_score_alone_is_guided_in_the_interval_and_rescaled(frame_block):
+    how = {"guidance_scale": 4.0, "guidance_interval": (0.1, 2.0), "guidance_rescale": 0.7}
+    videos = small.small_generator(shape=(2, 1, 4, 4), guidance_scale=2.0)
+    method = moved_apart(DMD2(videos, frame_block=frame_block, **how))
+    batch = small.prepared(method)
+    terms, carry = method.student_loss(batch)
+    images, t, c = carry["images"], batch["score"]["t"], batch["condition"]
+    assert 0 < ((t >= 0.1) & (t <= 2.0)).sum() < t.numel()
+    x_t = method.process.add_noise(images, **batch["score"])
+    real, axes = method.frozen["teacher"].denoiser, tuple(range(t.ndim, 5))
+    cond, null = real(x_t, t, c).x0, real(x_t, t, torch.full_like(c, small.CLASSES)).x0
+    guided = null + 4 * (cond - null)
+    guided = guided * (0.3 + 0.7 * cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    acts = ((t >= 0.1) & (t <= 2.0)).reshape(*t.shape, *(1,) * len(axes))
+    expected = torch.where(acts, guided, cond)
+    fake = method.players["fake_score"](x_t, t, c).x0
+    torch.testing.assert_close(terms["dmd"], dmd_loss(images, expected, fake))
+    for other in (guided, cond):
+        assert not torch.allclose(terms["dmd"], dmd_loss(images, other, fake), rtol=1e-3)
+
+
+def test_the_real_score_is_guided_as_the_teacher_samples_unless_told():
+    how = {"guidance_scale": 3.0, "guidance_interval": (0.5, 20.0), "guidance_rescale": 0.4}
+    made = Generator(denoiser(), SHAPE, conditions=ClassLabels(4), **how)
+    assert DMD2(made).guidance == how
+    assert DMD2(made, guidance_scale=1.0).guidance == how | {"guidance_scale": 1.0}
+    assert DMD2(made, guidance_rescale=0.0).guidance == how | {"guidance_rescale": 0.0}
+    assert DMD2(made, guidance_interval=(0.002, 80.0)).guidance == how | {"guidance_interval": (0.002, 80.0)}
+    plain = {"guidance_scale": 1.0, "guidance_interval": None, "guidance_rescale": 0.0}
+    assert DMD2(made).generator().guidance == plain
 
 
 def test_critic_loss_is_edms_weighted_denoising_of_the_images():
@@ -392,6 +426,8 @@ def test_a_teacher_of_another_run_stage_is_handed_over(tmp_path):
         ({"guidance_scale": 2.0}, "conditions"),
         ({"critic_space": "score"}, "'x0', 'eps', 'v', 'velocity'"),
         ({"student_steps": 0}, "n=0"),
+        ({"guidance_interval": (5.0, 0.3)}, "guidance_interval"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

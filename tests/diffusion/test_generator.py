@@ -56,3 +56,38 @@ def test_a_table_has_no_samplers_of_continuous_time(sampler):
 def test_what_needs_conditions_says_so():
     with pytest.raises(ValueError, match="needs conditions"):
         Generator(exact_denoiser(ring(), EDMProcess()), (2,), guidance_scale=2.0)
+
+
+GUIDED = {"guidance_scale": 3.0, "guidance_interval": (0.5, 20.0), "guidance_rescale": 0.4}
+
+
+def test_it_samples_with_its_guidance_and_its_students_without():
+    def network(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return x_t / (1 + t.view(-1, 1, 1, 1)) * (1 + labelled(x_t, t, label))
+
+    asked = []
+
+    class Asked(Denoiser):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, **options: object) -> object:
+            asked.append({name: told for name, told in options.items() if name != "null_condition"})
+            return super().forward(x_t, t, condition, **options)
+
+    noise, label = torch.randn(3, 1, 2, 2), torch.arange(3)
+    generator = Generator(Asked(network, EDMProcess()), (1, 2, 2), conditions=ClassLabels(3), steps=4, **GUIDED)
+    guided = generator.sample(noise, label, torch.full((3,), 3))
+    assert asked
+    assert all(told == GUIDED == generator.guidance for told in asked)
+    for name, off in {"guidance_scale": 1.0, "guidance_interval": None, "guidance_rescale": 0.0}.items():
+        other = Generator(generator.denoiser, (1, 2, 2), conditions=ClassLabels(3), steps=4, **GUIDED | {name: off})
+        assert not torch.allclose(other.sample(noise, label, torch.full((3,), 3)), guided, atol=1e-3), name
+    student = generator.student(generator.denoiser, 2)
+    assert student.guidance == {"guidance_scale": 1.0, "guidance_interval": None, "guidance_rescale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [({"guidance_interval": (5.0, 0.3)}, "guidance_interval"), ({"guidance_rescale": 2.0}, "guidance_rescale=2.0")],
+)
+def test_guidance_that_cannot_be_is_refused_at_once(wrong: dict, told: str):
+    with pytest.raises(ValueError, match=told):
+        Generator(Denoiser(labelled, EDMProcess()), (1, 2, 2), conditions=ClassLabels(3), **wrong)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipeline_folders as folders
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ TERMS = {
     "dmd": MATCHING | {"student/regression"},
     "dmd2": MATCHING | {"student/gan", "critic/gan"},
     "diff_instruct": MATCHING,
+    "dmd2_lora": MATCHING,
 }
 SIZE, ROWS, STEPS = 8, 8, 6
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
@@ -29,7 +31,7 @@ SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, `teacher` (by diffusers alone) and `pairs`."""
+    """A folder with `data`, `teacher` and `texts` (by diffusers alone), `prompts.txt` and `pairs`."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     place = tmp_path_factory.mktemp("recipes")
@@ -42,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     network = UNet2DModel(sample_size=SIZE, num_class_embeds=3, **SMALL, **blocks)
     DDPMPipeline(network, DDPMScheduler(clip_sample=False)).save_pretrained(place / "teacher")
+    folders.stable_diffusion(place / "texts")
+    (place / "prompts.txt").write_text("a red cat\na blue dog\n")
     store_pairs(Pipeline(str(place / "teacher"), num_classes=2), 24, place / "pairs", steps=3)
     return place
 
@@ -53,8 +57,10 @@ def shrunk(name: str, place: Path, output: Path) -> dict[str, Any]:
     if "data" in config:
         changes |= {"data.root": str(place / "data"), "data.size": SIZE}
     if "teacher" in config:
-        changes |= {"teacher.folder": str(place / "teacher"), "teacher.num_classes": 2}
-    if "student" in config:
+        texts = "prompts" in config["teacher"]["init_args"]
+        changes |= {"teacher.folder": str(place / ("texts" if texts else "teacher"))}
+        changes |= {"teacher.prompts": str(place / "prompts.txt")} if texts else {"teacher.num_classes": 2}
+    if "UNet2D" in recipes.dump(config):
         changes |= {f"student.{key}": value for key, value in SMALL.items()}
     if "regression" in config["method"]["init_args"]:
         changes |= {"method.regression.pairs": str(place / "pairs"), "method.regression.batch_size": ROWS}
@@ -69,7 +75,8 @@ def test_every_recipe_of_a_generator_is_tried_here():
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_recipe_trains_and_leaves_a_pipeline(name: str, place: Path, tmp_path: Path):
-    outcome = workbench.run(shrunk(name, place, tmp_path))
+    config = shrunk(name, place, tmp_path)
+    outcome = workbench.run(config)
     result = outcome.result
     assert (result.reason, result.step) == ("finished", STEPS)
     values = {key: value for line in result.history for key, value in line.items()}
@@ -77,8 +84,10 @@ def test_a_recipe_trains_and_leaves_a_pipeline(name: str, place: Path, tmp_path:
     assert {key for key in values if key.startswith(("student/", "critic/"))} == TERMS[name]
     assert isinstance(result.ema, Generator)
     images, labels = next(result.ema.images(4, steps=2))
-    assert images.shape == (4, 3, SIZE, SIZE)
-    assert labels.tolist() == [0, 1, 0, 1]
-    opened = Pipeline(str(outcome.exported.folder), num_classes=2)
+    assert images.shape == (4, *result.ema.input_size)
+    said = config["teacher"]["init_args"] if "teacher" in config else {"num_classes": 2}
+    assert (labels is None) == ("prompts" in said)
+    assert labels is None or labels.tolist() == [0, 1, 0, 1]
+    opened = Pipeline(**said | {"folder": str(outcome.exported.folder)})
     again, _ = next(opened.images(4, steps=2))
     torch.testing.assert_close(again, images, rtol=0, atol=1e-5)

@@ -187,6 +187,39 @@ def test_pairs_made_in_another_way_are_not_mixed_in(options: dict, what: str, tm
         store_pairs(small_generator(**guided), 3, tmp_path, **options)
 
 
+GUIDED = {"guidance_scale": 2.0, "guidance_interval": (0.3, 5.0), "guidance_rescale": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "told"),
+    [
+        ("guidance_scale", 3.0, r"guidance_scale \(2\.0 there, 3\.0 here\)"),
+        ("guidance_interval", (0.3, 1.0), r"guidance_interval \(\[0\.3, 5\.0\] there, \[0\.3, 1\.0\] here\)"),
+        ("guidance_interval", None, r"guidance_interval \(\[0\.3, 5\.0\] there, None here\)"),
+        ("guidance_rescale", 0.0, r"guidance_rescale \(0\.7 there, 0\.0 here\)"),
+    ],
+)
+def test_pairs_of_another_guidance_are_refused(name: str, other: object, told: str, tmp_path: Path):
+    held = store(tmp_path, 3, **GUIDED)
+    assert not torch.allclose(held["code"], store(tmp_path / "other", 3, **GUIDED | {name: other})["code"], atol=1e-5)
+    teacher = small_generator(**GUIDED | {name: other})
+    for use in (lambda: Pairs(tmp_path, teacher), lambda: store_pairs(teacher, 5, tmp_path, steps=STEPS)):
+        with pytest.raises(ValueError, match=rf"made otherwise: {told} differs.*another folder, or .* guidance"):
+            use()
+
+
+def test_stores_from_before_guidance_was_rescaled_are_still_taken(tmp_path: Path):
+    store(tmp_path, 3, guidance_scale=2.0)
+    manifest = json.loads((tmp_path / "pairs.json").read_text())
+    del manifest["made"]["guidance_interval"], manifest["made"]["guidance_rescale"]
+    (tmp_path / "pairs.json").write_text(json.dumps(manifest))
+    assert len(Pairs(tmp_path, small_generator(guidance_scale=2.0)).columns["noise"]) == 3
+    with pytest.raises(ValueError, match=r"guidance_scale \(2\.0 there, 1\.0 here\)"):
+        Pairs(tmp_path, small_generator())
+    with pytest.raises(ValueError, match=r"guidance_rescale \(0\.0 there, 0\.5 here\)"):
+        Pairs(tmp_path, small_generator(guidance_scale=2.0, guidance_rescale=0.5))
+
+
 @pytest.mark.parametrize("damage", ["change", "delete"])
 def test_damaged_files_are_refused(damage: str, tmp_path: Path):
     store(tmp_path, 10)

@@ -14,6 +14,7 @@ from diffusion import workshop
 from diffusion.generator import Generator
 from diffusion.methods.dmd2 import DMD2
 from diffusion.models import open_generator
+from diffusion.workshop import Generators
 from visiondistill import recipes, workbench
 from visiondistill.cli import main
 from visiondistill.data import OwnData, TensorData
@@ -226,6 +227,43 @@ def test_the_top_of_a_recipe_gives_its_student_where_no_earlier_stage_trained_it
     second = plan.stages[1].method(teacher)
     assert second.product() is plan.student.denoiser
     assert second.teacher is teacher
+
+
+# --- before the first step
+
+
+def test_every_stage_says_when_its_student_is_sampled(staged: workbench.Outcome):
+    notes = staged.facts.notes
+    teacher, student = (staged.result.method.teacher.times(), staged.student.times())
+    for name, sampler, times in (("teacher", "ddim, 2 steps", teacher), ("dmd2", "student, 1 step", student)):
+        shown = ", ".join(str(t) for t in times.tolist())
+        assert f"{name}: sampled with {sampler} at {shown} (the last is the clean end)" in notes
+    assert "dmd2: the teacher's score is taken with no guidance" in notes
+    assert not any(note.startswith("teacher: the teacher's score") for note in notes), "it has none"
+
+
+def test_to_look_at_a_later_stage_leaves_the_first_ones_student_to_be_trained(tmp_path: Path):
+    plan = recipes.plan(in_two_stages(tmp_path / "run"))
+    student = plan.stages[0].method.product()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    Generators().preflight(plan)
+    assert torch.equal(torch.rand(1), expected), "and nobody's draws"
+    assert all(p.requires_grad for p in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_stage_that_only_a_trained_teacher_fits_says_so(tmp_path: Path):
+    regression = {"pairs": str(tmp_path / "pairs"), "batch_size": 8}
+    method = recipes.override(MATCHING, {"init_args.regression": regression})
+    plan = recipes.plan(in_two_stages(tmp_path / "run", **{"stages.dmd2.method": method}))
+    notes = Generators().preflight(plan).notes
+    assert any(note.startswith("teacher: sampled with ddim, 2 steps at ") for note in notes)
+    (line,) = [note for note in notes if note.startswith("dmd2: ")]
+    assert line.startswith("dmd2: not known before the stage ahead of it has trained: ")
+    assert str(tmp_path / "pairs") in line
 
 
 # --- what must not cost a run its export

@@ -26,7 +26,7 @@ DATA = "data: {class_path: visiondistill.data.EmbeddedDigits}\n"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_generator: Callable[..., Generator]) -> Path:
     """A run folder; its generator is opened by a stand-in."""
     folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
+    (folder / "export").mkdir(parents=True)
     (folder / "config.yaml").write_text(DATA)
 
     def open_generator(path: Path, contrast: float = 0.1) -> Generator:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusion.codecs import Latents, Pixels
+from diffusion.conditions import Prompts
 from diffusion.critics import GAN
 from diffusion.denoiser import Denoiser
 from diffusion.generator import Generator
@@ -27,11 +28,18 @@ def generator(seed: int = 0, **kw) -> Generator:
     return Generator(Denoiser(torch.nn.Identity(), FlowProcess()), (4, 8, 8), codec=Latents(folders.vae(**kw)))
 
 
-def source(seed: int = 0, size: int = 16) -> Source:
+def prompted(*texts: str) -> Generator:
+    """With prompts, whose embeddings are their numbers."""
+    words, made = torch.arange(len(texts))[:, None], generator()
+    made.conditions = Prompts(texts, {"words": words}, {"words": torch.tensor([[-1]])})
+    return made
+
+
+def source(seed: int = 0, size: int = 16, **kw) -> Source:
     pixels = torch.rand(7, 3, size, size, generator=torch.Generator().manual_seed(seed))
     label = torch.arange(7) % 2
     data = Split(TensorData({"image": pixels, "label": label}), label)
-    return Source({"train": data, "val": data}, ("a", "b"), (3, size, size), test_fraction=0)
+    return Source({"train": data} | ({} if kw else {"val": data}), ("a", "b"), (3, size, size), test_fraction=0, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +177,88 @@ def test_a_recipe_names_the_whole_set_and_the_file(tmp_path, pipeline):
     eight = Generator(Denoiser(torch.nn.Identity(), FlowProcess()), (1, 8, 8))
     cache_latents(eight, recipes.source_of({"data": digits}), file)
     assert recipes.source_of({"data": node}).input_size == (1, 8, 8)
+
+
+# --- with captions
+
+TEXTS = ["a red cat", "a blue dog", "on grass"]
+SHOWN = [2, 0, 1, 1, 0, 2, 0]
+CAPTIONS = [TEXTS[row] for row in SHOWN]
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> tuple[Path, str]:
+    """A latent pipeline with text encoders, and the file of its prompts."""
+    place = tmp_path_factory.mktemp("worded")
+    (place / "prompts.txt").write_text("\n".join(TEXTS))
+    return folders.stable_diffusion(place / "sd"), str(place / "prompts.txt")
+
+
+def test_captions_become_the_conditions_of_their_images(tmp_path):
+    file, made = tmp_path / "latents.safetensors", prompted(*TEXTS)
+    assert cache_latents(made, source(), file, captions=CAPTIONS).columns["prompt"].tolist() == SHOWN
+    cached = CachedLatents(source(), str(file))
+    (batch,) = next(cached.stream(7).open(0, [(0, 7)], 0))
+    condition, null = made.conditions.of(batch)
+    assert condition["words"][:, 0].tolist() == [SHOWN[row] for row in batch["index"].tolist()]
+    assert null["words"].tolist() == [[-1]] * 7
+    assert f"train: latents of 7 images with their captions from {file}" in cached.describe().lines()
+    plain = cached.stream(4).contents
+    cache_latents(made, source(), file, captions=CAPTIONS[::-1])
+    assert CachedLatents(source(), str(file)).stream(4).contents != plain, "a resumed run must have the same"
+
+
+def test_captions_are_listed_for_images_that_were_carved_off_too(tmp_path):
+    carved = source(val_fraction=0.3)
+    kept = carved.split("train").origin.row.tolist()
+    assert len(kept) < 7
+    made = cache_latents(prompted(*TEXTS), carved, tmp_path / "latents.safetensors", captions=CAPTIONS)
+    assert made.columns["prompt"].tolist() == [SHOWN[row] for row in kept]
+    made = cache_latents(prompted(*TEXTS), carved, tmp_path / "val.safetensors", split="val", captions=CAPTIONS)
+    assert made.columns["prompt"].tolist() == [SHOWN[row] for row in range(7) if row not in kept]
+
+
+def test_a_caption_that_is_there_twice_among_the_prompts_is_the_first():
+    assert prompted("a", "b", "a").conditions.rows(["a", "b", "a"]).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("texts", [TEXTS[::-1], [*TEXTS, "a red dog"]], ids=["another order", "one more"])
+def test_captions_of_other_prompts_are_refused(tmp_path, texts):
+    file = tmp_path / "latents.safetensors"
+    cache_latents(prompted(*TEXTS), source(), file, captions=CAPTIONS)
+    open_latents(file, prompted(*TEXTS), source())
+    with pytest.raises(ValueError, match=r"latents\.safetensors was made with another prompts .*--captions FILE"):
+        open_latents(file, prompted(*texts), source())
+    cache_latents(prompted(*TEXTS), source(), file)
+    held = open_latents(file, prompted(*texts), source())  # without captions they depend on no prompts
+    with pytest.raises(ValueError, match=r'no column "prompt".*--captions FILE'):
+        prompted(*TEXTS).conditions.of(held.rows(torch.tensor([0])))
+
+
+@pytest.mark.parametrize("name", ["denoising", "dmd2"])
+def test_methods_train_on_captioned_latents_and_mind_the_captions(tmp_path, worded, name):
+    folder, prompts = worded
+    file, histories = tmp_path / "latents.safetensors", []
+    for place, captions in enumerate((CAPTIONS, CAPTIONS, CAPTIONS[::-1])):
+        teacher = open_generator(folder, prompts=prompts, cache=str(tmp_path / "kept"))
+        cache_latents(teacher, source(), file, captions=captions)
+        streams = {"train": CachedLatents(source(), str(file)).stream(4)}
+        torch.manual_seed(0)
+        made = Denoising(teacher, streams) if name == "denoising" else DMD2(teacher, streams=streams, gan=GAN())
+        histories.append(losses(made, tmp_path / str(place)))
+    one, same, other = histories
+    assert one == same
+    assert len(one) == 3
+    assert one != other, "what an image shows is what it is denoised by"
+
+
+@pytest.mark.parametrize("method", [Denoising, lambda teacher, streams: DMD2(teacher, streams=streams, gan=GAN())])
+def test_captions_of_other_prompts_are_refused_by_the_method_that_reads_them(tmp_path, worded, method):
+    folder, prompts = worded
+    file, fewer = tmp_path / "latents.safetensors", tmp_path / "fewer.txt"
+    cache_latents(open_generator(folder, prompts=prompts), source(), file, captions=CAPTIONS)
+    fewer.write_text("a red cat\n")
+    other, streams = open_generator(folder, prompts=str(fewer)), {"train": CachedLatents(source(), str(file)).stream(4)}
+    with pytest.raises(ValueError, match=r"made with another prompts .*--captions FILE"):
+        method(other, streams)
+    DMD2(other, streams=streams)  # it reads none

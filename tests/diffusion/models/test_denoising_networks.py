@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusion.conditions import ClassLabels
 from diffusion.denoiser import Denoiser
+from diffusion.generator import Generator
 from diffusion.models import Custom, DiffusersNetwork, DiT, UNet2D, checkpoint_gradients, frozen_copy, lora, vp
 from diffusion.models.lora import lora_state, merged
 from diffusion.process import EDMProcess, FlowProcess, VPProcess
@@ -84,8 +85,25 @@ def test_videos_go_in_with_their_channels_first_and_times_by_frame():
     assert torch.equal(DiffusersNetwork(model, frame_axis=1)(x, times, {}), x)
 
 
+def tiny_wan(patch_size: tuple[int, int, int] = (1, 2, 2)) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=patch_size,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=16,
+    )
+
+
 def test_sana_and_wan_are_called_as_the_others():
-    from diffusers import SanaTransformer2DModel, WanTransformer3DModel
+    from diffusers import SanaTransformer2DModel
 
     torch.manual_seed(0)
     sana = SanaTransformer2DModel(
@@ -106,21 +124,144 @@ def test_sana_and_wan_are_called_as_the_others():
         theirs = sana(x, words, torch.tensor([300.0, 300.0]), encoder_attention_mask=mask).sample
         ours = Denoiser(DiffusersNetwork(sana, 1000), FlowProcess(), "velocity")(x, 0.3, condition).velocity
         torch.testing.assert_close(ours, theirs)
-        wan = WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=8,
-            freq_dim=16,
-            ffn_dim=16,
-            num_layers=1,
-            rope_max_seq_len=16,
-        )
+        wan = tiny_wan()
         video = torch.randn(2, 3, 4, 8, 8)
         theirs = wan(video.transpose(1, 2), torch.tensor([300.0, 300.0]), words).sample.transpose(1, 2)
         network = DiffusersNetwork(wan, 1000)
         torch.testing.assert_close(network(video, torch.full((2,), 0.3), {"encoder_hidden_states": words}), theirs)
+
+
+def test_wan_gets_the_time_of_a_frame_at_each_of_its_tokens():
+    torch.manual_seed(0)
+    wan = tiny_wan((1, 2, 4))
+    network, video, words = DiffusersNetwork(wan, 1000), torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, 8)
+    condition = {"encoder_hidden_states": words}
+    with torch.no_grad():
+        whole = network(video, torch.tensor([0.3, 0.6]), condition)
+        torch.testing.assert_close(network(video, torch.tensor([[0.3] * 3, [0.6] * 3]), condition), whole)
+        times = torch.tensor([[0.1, 0.5, 0.9], [0.2, 0.4, 0.3]])
+        tokens = torch.tensor([[1000 * time for time in row for _ in range(4 * 2)] for row in times.tolist()])
+        theirs = wan(video.transpose(1, 2), tokens, words).sample.transpose(1, 2)
+        torch.testing.assert_close(network(video, times, condition), theirs)
+        denoiser, guided = Denoiser(network, FlowProcess(), "velocity"), {"encoder_hidden_states": words.flip(0)}
+        value = denoiser(video, times, condition, guidance_scale=2.0, null_condition=guided).velocity
+        torch.testing.assert_close(value, 2 * theirs - network(video, times, guided))
+        # Attention is global: another time for the last frame is felt in the first.
+        later = times.clone()
+        later[:, 2] = 0.7
+        assert (network(video, later, condition) - theirs).abs().flatten(2).amax(2).min() > 1e-6
+    with pytest.raises(ValueError, match=r"t of shape \(2, 4\): a token of this Wan spans 2 frames: give t \[B\]"):
+        DiffusersNetwork(tiny_wan((2, 2, 2)))(torch.randn(2, 4, 4, 8, 8), torch.rand(2, 4), condition)
+
+
+def test_wan_in_half_precision_keeps_some_weights_and_takes_half_codes(tmp_path):
+    torch.manual_seed(0)
+    wan, video, words = tiny_wan(), torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, 8)
+    wan.save_pretrained(tmp_path)
+    half = type(wan).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.float32, torch.bfloat16}
+    with torch.no_grad():
+        ours, theirs = (
+            DiffusersNetwork(m, 1000)(video, torch.full((2, 3), 0.3), {"encoder_hidden_states": words})
+            for m in (half, wan)
+        )
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+
+
+# --- Flux
+
+
+def tiny_flux(**kw) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=6,
+        axes_dims_rope=(2, 2, 4),
+        **kw,
+    )
+
+
+def texts(rows: int = 2) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": torch.randn(rows, 5, 8), "pooled_projections": torch.randn(rows, 6)}
+
+
+def as_its_pipeline(flux: nn.Module, x: torch.Tensor, t: float, condition: dict, **kw) -> torch.Tensor:
+    """Flux's velocity at codes `[B, C, H, W]`, by the helpers of its own pipeline (whose autoencoder takes 1/8)."""
+    from diffusers import FluxPipeline
+
+    rows, channels, height, width = x.shape
+    velocity = flux(
+        FluxPipeline._pack_latents(x, rows, channels, height, width),
+        timestep=torch.full((rows,), t),
+        img_ids=FluxPipeline._prepare_latent_image_ids(rows, height // 2, width // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(condition["encoder_hidden_states"].shape[1], 3),
+        **condition,
+        **kw,
+    ).sample
+    return FluxPipeline._unpack_latents(velocity, height * 8, width * 8, 8)
+
+
+def test_flux_is_called_as_its_pipeline_calls_it_guided_or_not():
+    flux, x = tiny_flux(), torch.randn(2, 4, 8, 6)
+    condition, null = texts(), texts()
+    denoiser = Denoiser(DiffusersNetwork(flux, 1000), FlowProcess(), "velocity")
+    with torch.no_grad():
+        theirs, empty = (as_its_pipeline(flux, x, 0.3, each) for each in (condition, null))
+        torch.testing.assert_close(denoiser(x, 0.3, condition).velocity, theirs)
+        for batched in (True, False):
+            denoiser.batched_guidance = batched
+            guided = denoiser(x, 0.3, condition, guidance_scale=3.0, null_condition=null).velocity
+            torch.testing.assert_close(guided, empty + 3 * (theirs - empty), rtol=1e-4, atol=1e-5)
+
+
+def test_a_distilled_flux_always_gets_its_guidance_scale():
+    flux, x, condition = tiny_flux(guidance_embeds=True), torch.randn(2, 4, 8, 8), texts()
+    network = DiffusersNetwork(flux, 1000, embedded_guidance=3.5)
+    with torch.no_grad():
+        ours = network(x, torch.full((2,), 0.3), condition)
+        torch.testing.assert_close(ours, as_its_pipeline(flux, x, 0.3, condition, guidance=torch.full((2,), 3.5)))
+        other = as_its_pipeline(flux, x, 0.3, condition, guidance=torch.full((2,), 1.0))
+        assert (ours - other).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"its guidance scale as an input .*: say embedded_guidance"):
+        DiffusersNetwork(flux, 1000)
+    with pytest.raises(ValueError, match=r"embedded_guidance=3.5: FluxTransformer2DModel takes no guidance scale"):
+        DiffusersNetwork(tiny_flux(), 1000, embedded_guidance=3.5)
+
+
+def test_gradients_and_taps_go_through_flux():
+    flux, x, condition = tiny_flux(), torch.randn(2, 4, 8, 8, requires_grad=True), texts()
+    denoiser = checkpoint_gradients(Denoiser(DiffusersNetwork(flux, 1000), FlowProcess(), "velocity"))
+    prediction, (feature, tokens) = denoiser.features(x, 0.3, condition, taps=["transformer_blocks.0.ff", "norm_out"])
+    assert feature.shape == tokens.shape == (2, 16, 16)
+    prediction.velocity.square().mean().backward()
+    assert all(p.grad.any() for p in flux.parameters())
+    ours, x.grad = x.grad, None
+    as_its_pipeline(flux, x, 0.3, condition).square().mean().backward()
+    torch.testing.assert_close(ours, x.grad)
+    half = frozen_copy(Generator(denoiser, (4, 8, 8)))
+    with torch.no_grad():
+        near = half.denoiser(x, 0.3, condition).velocity
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, prediction.velocity.detach(), rtol=0, atol=0.05)
+
+
+def test_what_flux_does_not_take_is_refused():
+    network, t, x = DiffusersNetwork(tiny_flux(), 1000), torch.rand(2), torch.randn(2, 4, 8, 8)
+    for codes in (x[:, :3], x[:, :, :7], torch.randn(2, 16, 16), torch.randn(2, 3, 4, 8, 8)):
+        with pytest.raises(ValueError, match=r"x_t of shape .*: this Flux takes \[B, 4, H, W\] with even H and W"):
+            network(codes, t, texts())
+    with pytest.raises(ValueError, match="the condition names nothing: Flux takes encoder_hidden_states and pooled"):
+        network(x, t)
+    with pytest.raises(ValueError, match=r"the condition names .*txt_ids: .*its ids are made for it"):
+        network(x, t, texts() | {"txt_ids": torch.zeros(5, 3)})
 
 
 def test_a_bf16_copy_keeps_the_callers_precision_and_leaves_the_original():
@@ -222,12 +363,33 @@ def test_anyones_network_gets_its_own_time_range_and_weights(tmp_path):
     assert network.seen[1].tolist() == [0, 3]
     assert generator.codec.encode(torch.tensor([0.0, 1.0])).tolist() == [-0.5, 0.5]
     assert isinstance(generator.conditions, ClassLabels)
+    assert generator.conditions.null
     torch.save({"other": torch.tensor(2.0)}, tmp_path / "own.pth")
     with pytest.raises(ValueError, match=r"own.pth do not fit Own"):
         Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
     torch.save(Own(), tmp_path / "own.pth")
     with pytest.raises(ValueError, match=r"own.pth cannot be read as tensors alone"):
         Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
+
+
+class OfLabels(nn.Module):
+    """Its table has no row for a null label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 1)
+
+    def forward(self, x, t, labels):
+        return x + self.table(labels)[..., None, None]
+
+
+def test_a_network_without_a_null_label_is_sampled_and_not_guided():
+    options = {"process": FlowProcess(), "prediction_type": "velocity", "num_classes": 3, "steps": 2}
+    images, labels = next(Custom(OfLabels(), (1, 4, 4), **options, null_label=False).images(4))
+    assert (images.shape, labels.tolist()) == ((4, 1, 4, 4), [0, 1, 2, 0])
+    guided = Custom(OfLabels(), (1, 4, 4), **options, null_label=False, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a null_condition; 1 switches guidance off"):
+        next(guided.images(4))
 
 
 def test_a_published_model_of_another_class_denoises_as_its_author_says(shared_dir):

@@ -351,6 +351,24 @@ def test_a_flow_transformer_with_its_time_and_shifted_latents(tmp_path, prompts)
     assert next(teacher.images(2))[0].shape == (2, 3, 16, 16)
 
 
+def test_a_flux_folder_samples_as_its_own_pipeline(tmp_path, prompts):
+    from diffusers import FluxPipeline
+
+    folder = folders.flux(tmp_path / "flux")
+    teacher = open_generator(folder, prompts=prompts, embedded_guidance=3.5, steps=2)
+    assert (teacher.shape, teacher.input_size, teacher.sampler) == ((4, 8, 8), (3, 16, 16), "euler")
+    texts = ["a red cat", "a blue dog"]
+    theirs = FluxPipeline.from_pretrained(folder)(
+        texts, height=16, width=16, num_inference_steps=2, guidance_scale=3.5, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = teacher.sample(noise, teacher.conditions.at([0, 1], torch.device("cpu"))[0], steps=2)
+    torch.testing.assert_close(FluxPipeline._pack_latents(ours, 2, 4, 8, 8), theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"takes its guidance scale as an input .*: say embedded_guidance"):
+        open_generator(folder, prompts=prompts)
+
+
 # --- they teach
 
 
