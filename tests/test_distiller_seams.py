@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from visiondistill import Distiller
 from visiondistill.data import Stream
 from visiondistill.engine.errors import SettingsError
-from visiondistill.losses import kd_loss
+from visiondistill.losses import balanced_divergence_loss, kd_loss
 from visiondistill.models import Network, Timm
 from visiondistill.parts import Part
 from visiondistill.teachers import Online
-from visiondistill.terms import CE, KL, Hint, Needs, Peer, Term, View
+from visiondistill.terms import CE, KL, BalancedDivergence, Hint, Needs, Peer, Term, View
 from visiondistill.weighting import Fixed, Weighting
 
 FAMILIES = {
@@ -156,6 +156,44 @@ def test_both_networks_learn_from_each_other_and_only_so() -> None:
         ]
         assert all(gradient is not None for gradient in reached[0])
         assert all(gradient is None for gradient in reached[1]), "what teaches gets no gradient"
+
+
+def balanced(**changes) -> Distiller:
+    """As the recipe `bdkd`: the student balances both divergences, the teacher is pulled towards the student."""
+    terms = {"balanced": BalancedDivergence(2.0, 3.0), "their_ce": Peer(CE()), "their_kd": Peer(KL(3.0))}
+    return mutual(terms={"ce": CE(), "kd": KL()} | terms, weighting=Fixed({"ce": 0.0, "kd": 0.0}), **changes)
+
+
+def reached(value: Tensor, network: nn.Module) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(value, list(network.parameters()), retain_graph=True, allow_unused=True)
+
+
+def test_balanced_divergences_send_the_peer_no_gradient_and_it_sends_none_back() -> None:
+    method = balanced()
+    batch = prepared(method)
+    terms, _ = method.student_loss(batch)
+    assert set(terms) == {"balanced", "their_ce", "their_kd"}
+    student, teacher = method.players["student"], method.players["teacher"]
+    ours, theirs = (network(batch["train"]["image"]).logits for network in (student, teacher))
+    torch.testing.assert_close(terms["their_kd"], kd_loss(theirs, ours, 3.0))
+    torch.testing.assert_close(
+        terms["balanced"], balanced_divergence_loss(ours, theirs, batch["train"]["label"], 2.0, 3.0)
+    )
+    for name, learner, other in (("balanced", student, teacher), ("their_kd", teacher, student)):
+        assert all(gradient is not None for gradient in reached(terms[name], learner))
+        assert all(gradient is None for gradient in reached(terms[name], other))
+
+
+def test_two_equal_networks_pull_each_other_nowhere() -> None:
+    """At p = q, for both of them: what is left of the student's term is its cross-entropy."""
+    method = balanced(teacher=Online(net(4, 5)))
+    batch = prepared(method)
+    terms, _ = method.student_loss(batch)
+    student, teacher = method.players["student"], method.players["teacher"]
+    label = cross_entropy(student(batch["train"]["image"]).logits, batch["train"]["label"])
+    torch.testing.assert_close(reached(terms["balanced"], student), reached(label, student))
+    assert any(gradient.abs().max() > 1e-3 for gradient in reached(label, student))
+    assert all(gradient.abs().max() < 1e-14 for gradient in reached(terms["their_kd"], teacher))
 
 
 def test_mutual_learning_trains_and_exports_the_student_alone(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from distilling import apart, images, net, play, weights
 from torch import Tensor, nn
 
-from visiondistill import recipes
+from visiondistill import Distiller, recipes
 from visiondistill.data import EmbeddedDigits, OwnData, Pruned, TensorData
 from visiondistill.data.pruned import el2n, stratified
 from visiondistill.engine.errors import SettingsError
 from visiondistill.models import SmallConvNet
+from visiondistill.terms import CE, KL
+from visiondistill.weighting import Fixed
 from visiondistill.workbench import distill
 
 
@@ -89,6 +93,25 @@ def test_rows_are_the_lowest_of_each_class_in_order() -> None:
 def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Pruned(EmbeddedDigits(), **arguments)
+
+
+def test_all_of_the_images_and_no_weight_on_the_teacher_is_plain_training(tmp_path: Path) -> None:
+    """f = 1 and alpha = 0, to the bit."""
+    source = OwnData(images(), val_fraction=0, test_fraction=0)
+    products = []
+    for data, teacher, terms, weights_ in (
+        (Pruned(source, 1.0), net(6, 9, seed=5), {"ce": CE(), "kd": KL()}, {"ce": 1.0, "kd": 0.0}),
+        (source, None, {"ce": CE()}, {}),
+    ):
+        streams = {"train": data.stream(4)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a teacher is given, but no term")
+            method = Distiller(
+                teacher, student=net(4, 5), terms=terms, streams=streams, weighting=Fixed(weights_)
+            ).double()
+        products.append(weights(play(method, tmp_path / str(len(products))).product))
+    assert apart(*products) == 0.0
+    assert apart(products[0], weights(net(4, 5))) > 0
 
 
 def test_a_recipe_prunes_its_data(tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import CLASSES, distiller, play, prepared, weights
+from distilling import CLASSES, apart, distiller, play, prepared, weights
 from torch import nn
 
+from visiondistill import recipes
+from visiondistill.engine import Optim, Result, Run, Stage, train
 from visiondistill.engine.errors import SettingsError
 from visiondistill.export import export
 from visiondistill.heads import DualHead
 from visiondistill.losses import binary_kl_norm_loss
 from visiondistill.models import Network
 from visiondistill.terms import CE, KL, BinaryKL
-from visiondistill.weighting import Aligned, Fixed
+from visiondistill.weighting import Aligned, Fixed, Ramp
 
 
 def dual(hidden: int | None = None, weighting=None, **heads):
@@ -90,6 +92,35 @@ def test_a_network_without_embedding_is_refused() -> None:
         distiller({"ce": CE(), "logits": BinaryKL(head="second")}, student=plain, heads=DualHead(None))
 
 
+# --- a loss that stops early, as a stage
+
+
+def staged(folder: Path, stages: int, rate: float = 1e-2) -> Result:
+    """The first stages of the recipe, small and on digits; `rate` of the second one."""
+    small = {"class_path": "visiondistill.models.SmallConvNet", "init_args": {"widths": [4, 6]}}
+    changes = {"data": {"class_path": "visiondistill.data.EmbeddedDigits"}, "student": small, "teacher": small}
+    changes |= {"stages.both.steps": 6, "stages.label.steps": 6, "stages.both.optim.default.warmup": 1}
+    changes |= {"stages.label.optim.student.lr": rate, "run.output_dir": str(folder), "run.batch_size": 16}
+    changes |= {"run.device": "cpu", "run.progress": False, "run.proof_window": 0, "run.log_every": 1}
+    plan = recipes.plan(recipes.override(recipes.load("dhkd_stages"), changes))
+    return train(plan.stages[:stages], plan.run)
+
+
+def test_the_student_goes_on_where_the_second_head_stopped(tmp_path: Path) -> None:
+    # A rate that moves nothing shows what the second stage begins with.
+    given = {"both": (1,), "still": (2, 1e-30), "label": (2,)}
+    both, still, label = (staged(tmp_path / name, *arguments) for name, arguments in given.items())
+    assert both.method.players.keys() == {"student", "heads_second"}
+    assert both.history[-1].keys() >= {"student/ce", "student/logits"}
+    assert apart(weights(still.product), weights(both.product)) == 0.0
+    assert apart(weights(label.product), weights(both.product)) > 1e-3
+    assert label.step == 12
+    assert label.method.players.keys() == {"student"}
+    assert not [name for name in label.method.state_dict() if "teacher" in name or "second" in name]
+    assert "student/ce" in label.history[-1]
+    assert "student/logits" not in label.history[-1]
+
+
 # --- alignment
 
 
@@ -148,12 +179,21 @@ def test_aligned_updates_are_those_of_hand_made_gradients(tmp_path: Path) -> Non
     }
     expected = Aligned().combine(by_hand)
     before = [p.detach().clone() for p in moved]
-    from visiondistill.engine import Optim, Run, Stage, train
-
     run = Run(str(tmp_path / "run"), 4, progress=False, device="cpu", log_every=1, proof_window=0)
     train([Stage(method, 1, {"default": Optim("momentum", lr=0.1, options={"momentum": 0.0})})], run)
     for place, (old, new) in enumerate(zip(before, moved, strict=True)):
         torch.testing.assert_close(old - new.detach(), 0.1 * expected[place], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", [Fixed, Aligned])
+@pytest.mark.parametrize("hidden", [None, 7])
+def test_without_weight_the_student_goes_the_way_of_labels_alone(hidden: int | None, weighting, tmp_path: Path) -> None:
+    """Alpha = 0, to the bit, though the second head answers, draws its dropout and decays."""
+    muted = dual(hidden, weighting({"logits": Ramp(0.0, 0.0, 1)}))
+    alone = distiller({"ce": CE()}, teacher=None)
+    assert set(muted.terms) == {"ce", "logits"}
+    products = [play(method, tmp_path / str(n), proof_window=0).product for n, method in enumerate((muted, alone))]
+    assert apart(*map(weights, products)) == 0.0
 
 
 def test_both_sides_need_a_term() -> None:

@@ -52,6 +52,35 @@ def test_nd_is_zero_only_along_the_mean_and_at_least_as_long(features):
     assert nd_loss(-along, teacher, means, y) == pytest.approx(2.0)
 
 
+def test_nd_equals_a_loop_over_rows_of_both_kinds(features):
+    student, teacher, means, y = features
+    student = student.detach() * torch.tensor([0.1, 3.0] * (B // 2), dtype=torch.float64)[:, None]
+    longer = student.norm(dim=1) > teacher.norm(dim=1)
+    assert 0 < longer.sum() < B
+    rows = []
+    for s, t, label in zip(student.tolist(), teacher.tolist(), y.tolist(), strict=True):
+        mean = means[label].tolist()
+        ours, theirs, length = (sum(x * x for x in v) ** 0.5 for v in (s, t, mean))
+        rows.append(1 - sum(a * b for a, b in zip(s, mean, strict=True)) / length / max(ours, theirs))
+    torch.testing.assert_close(nd_loss(student, teacher, means, y, "none"), torch.tensor(rows, dtype=torch.float64))
+
+
+def test_nd_at_equal_norms_has_a_gradient_between_the_two_kinds(features):
+    _, teacher, means, y = features
+    student = (teacher * torch.tensor([1.0, -1.0] * (D // 2), dtype=torch.float64)).requires_grad_()
+    assert torch.equal(student.norm(dim=1), teacher.norm(dim=1))
+    value = nd_loss(student, teacher, means, y, "none")
+    cosine = 1 - cosine_similarity(student, means[y])
+    torch.testing.assert_close(value, cosine)
+    (found,), (turning,) = (torch.autograd.grad(each.sum(), student) for each in (value, cosine))
+    pulling = -normalize(means[y]) / teacher.norm(dim=1, keepdim=True)
+    way = turning - pulling
+    share = ((found - pulling) * way).sum(1) / way.square().sum(1)
+    assert (share >= 0).all()
+    assert (share <= 1).all()
+    torch.testing.assert_close(found, pulling + share[:, None] * way)
+
+
 def test_nd_ignores_the_means_lengths_and_turns_with_all(features):
     student, teacher, means, y = features
     value = nd_loss(student, teacher, means, y)

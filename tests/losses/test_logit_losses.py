@@ -106,6 +106,45 @@ def test_dist_equals_its_slow_twin(logits):
     assert dist_loss(student, teacher, 1.5, 2.5, 3.0).item() == pytest.approx(9 * (1.5 * inter + 2.5 * intra), rel=1e-5)
 
 
+def slow_transport(student: Tensor, teacher: Tensor, temperature: float, epsilon: float, num_iters: int) -> float:
+    """On exponentials, as in the paper, entry by entry."""
+    p, q = ([probabilities(row, temperature) for row in side] for side in (student, teacher))
+    cost = [[sum(abs(x - y) for x, y in zip(a, b, strict=True)) for b in q] for a in p]
+    plan = [[math.exp(-c / epsilon) for c in row] for row in cost]
+    for _ in range(num_iters):
+        plan = [[x / sum(row) for x in row] for row in plan]
+        columns = [sum(row[j] for row in plan) for j in range(len(q))]
+        plan = [[x / total for x, total in zip(row, columns, strict=True)] for row in plan]
+    return sum(x * c for row, costs in zip(plan, cost, strict=True) for x, c in zip(row, costs, strict=True))
+
+
+@pytest.mark.parametrize(("epsilon", "num_iters"), [(0.1, 20), (0.5, 1), (2.0, 3)])
+def test_sinkhorn_equals_its_slow_twin(epsilon, num_iters, logits):
+    student, teacher, _ = logits
+    expected = slow_transport(student, teacher, 2.0, epsilon, num_iters)
+    assert sinkhorn_loss(student, teacher, 2.0, epsilon, num_iters).item() == pytest.approx(expected, rel=1e-10)
+
+
+def two(yes: float) -> list[float]:
+    return [yes, 1 - yes]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_binary_losses_equal_their_slow_twins(temperature, logits):
+    student, teacher, _ = logits
+    plain, norm = [], []
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        pairs = [(x / temperature, y / temperature) for x, y in zip(s, t, strict=True)]
+        plain.append(temperature**2 * sum(slow_kl(two(sigmoid(y)), two(sigmoid(x))) for x, y in pairs))
+        norm.append(temperature**2 * sum(slow_kl([0.5, 0.5], two(sigmoid(x - y))) for x, y in pairs))
+    values = [loss(student, teacher, temperature, "none") for loss in (binary_kl_loss, binary_kl_norm_loss)]
+    torch.testing.assert_close(torch.stack(values), torch.tensor([plain, norm], dtype=torch.float64))
+
+
 def test_standardize_is_the_unbiased_z_score(logits):
     student, _, _ = logits
     z = standardize_logits(student)
@@ -178,6 +217,24 @@ def test_kd_on_a_certain_teacher_is_cross_entropy(logits):
     student, _, y = logits
     certain = torch.nn.functional.one_hot(y, K).double() * 1e4
     torch.testing.assert_close(kd_loss(student, certain, 1.0), torch.nn.functional.cross_entropy(student, y))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_binary_kl_norm_is_a_log_cosh_whose_gradient_is_bounded(temperature, logits):
+    student, teacher, _ = logits
+    student.requires_grad_()
+    value = binary_kl_norm_loss(student, teacher, temperature)
+    half = (student - teacher).detach() / (2 * temperature)
+    torch.testing.assert_close(value.detach(), temperature**2 * half.cosh().log().sum(1).mean())
+    (gradient,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(gradient, temperature / (2 * B) * half.tanh())
+
+
+def test_binary_kl_gradient_is_t_times_the_difference_of_sigmoids(logits):
+    student, teacher, _ = logits
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(binary_kl_loss(student, teacher, 3.0), student)
+    torch.testing.assert_close(gradient, 3 * ((student / 3).sigmoid() - (teacher / 3).sigmoid()).detach() / B)
 
 
 def test_reverse_kd_is_kd_with_the_roles_swapped(logits):

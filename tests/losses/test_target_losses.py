@@ -75,7 +75,7 @@ def test_ofa_target_weight_rises_with_the_teachers_confidence():
     teachers = [torch.tensor([[x, 0, 0, 0, 0]], dtype=torch.float64) for x in (-2.0, 0.0, 2.0, 4.0)]
     # For equal student logits every class costs log K: the value counts the weights.
     values = [ofa_loss(student, t, y, 1.5, nontarget_power=False).item() for t in teachers]
-    assert values == sorted(values)
+    assert all(low < high for low, high in itertools.pairwise(values))
     sure = torch.tensor([[1e4, 0, 0, 0, 0]], dtype=torch.float64)
     assert ofa_loss(student, sure, y, 1.5).item() == pytest.approx((2**1.5 - 1) * math.log(K))
 
@@ -160,6 +160,33 @@ def test_the_more_confident_is_pulled_by_the_other_divergence(logits):
         torch.testing.assert_close(balanced_divergence_loss(student, teacher, y, 2.0, 2.0), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_equally_confident_networks_may_be_exchanged(dtype, scale):
+    """The same probabilities of other classes: of equal entropy, though rounding tells them apart."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ours = scale * torch.randn(B, K, generator=g, dtype=dtype)
+        theirs, y = ours[:, torch.randperm(K, generator=g)], torch.randint(K, (B,), generator=g)
+        pulls = [
+            balanced_divergence_loss(s, t, y, 2.0, 4.0, "none") - cross_entropy(s, y, reduction="none")
+            for s, t in ((ours, theirs), (theirs, ours))
+        ]
+        expected = 1.5 * (kd_loss(ours, theirs, 4.0, "none") + reverse_kd_loss(ours, theirs, 4.0, "none"))
+        for pull in pulls:
+            torch.testing.assert_close(pull, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_smallest_gap_beyond_rounding_decides(logits):
+    _, teacher, y = logits
+    for scale, forward, backward in ((1.001, 2.0, 1.0), (0.999, 1.0, 2.0)):
+        student = scale * teacher
+        rows = cross_entropy(student, y, reduction="none") + forward * kd_loss(student, teacher, 2.0, "none")
+        rows = rows + backward * reverse_kd_loss(student, teacher, 2.0, "none")
+        found = balanced_divergence_loss(student, teacher, y, 2.0, 2.0, "none")
+        torch.testing.assert_close(found, rows, rtol=0, atol=1e-15)
+
+
 def test_at_equality_only_cross_entropy_pulls(logits):
     _, teacher, y = logits
     at = teacher.clone().requires_grad_()
@@ -176,6 +203,8 @@ def test_taid_at_the_ends(logits):
     q = softmax(teacher, 1)
     expected = kd_loss(student, teacher, 1.0, "none") - (q * q.log()).sum(1)
     torch.testing.assert_close(taid_loss(student, teacher, 1.0, "none"), expected)
+    ours, theirs = taid_loss(student, teacher, 1.0), kd_loss(student, teacher, 1.0)
+    torch.testing.assert_close(gradient(ours, student), gradient(theirs, student))
 
 
 def test_taid_gradient_is_p_minus_a_constant_target(logits):
@@ -187,6 +216,18 @@ def test_taid_gradient_is_p_minus_a_constant_target(logits):
     )
     value = -(target * log_softmax(student, 1)).sum(1).mean()
     torch.testing.assert_close(taid_loss(student, teacher, 0.3), value)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_taid_gradcheck(t, logits):
+    """For the student with the target held: for the gradient that is what it stands at."""
+    student, teacher, _ = logits
+    target = ((1 - t) * student + t * teacher).detach()
+    assert torch.autograd.gradcheck(lambda s: taid_loss(s, target, 1.0), (student,))
+    held = gradient(taid_loss(student, target, 1.0), student)
+    torch.testing.assert_close(gradient(taid_loss(student, teacher, t), student), held)
+    theirs = teacher.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: taid_loss(student.detach(), q, t), (theirs,))
 
 
 def test_taid_is_finite_at_ten_thousand():

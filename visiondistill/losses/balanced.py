@@ -6,12 +6,17 @@ arXiv 2212.12965.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from visiondistill.losses.common import Reduction, paired_logits, positive_temperature, reduce
 from visiondistill.losses.kd import divergence
+
+SAME_ENTROPY = 1e-5
+"""Share of log K, the largest entropy, within which two entropies count as equal: far more than rounding makes."""
 
 
 def balanced_divergence_loss(
@@ -25,8 +30,9 @@ def balanced_divergence_loss(
     """`CE + T^2 (w_f KL(q || p) + w_r KL(p || q))`, weighted row by row by who is the more confident.
 
     Where the student's entropy is below the teacher's, w_f = delta and w_r = 1: the forward divergence
-    widens it. Elsewhere w_f = 1 and w_r = delta: the reverse one sharpens it. The weights are
-    constants for the gradient, or the student could lower its loss by changing its entropy.
+    widens it. Where it is above, w_f = 1 and w_r = delta: the reverse one sharpens it. Where both are equal,
+    up to rounding, w_f = w_r = (1 + delta) / 2, so that exchanging the two changes nothing. The weights
+    are constants for the gradient, or the student could lower its loss by changing its entropy.
 
     Args:
         student_logits, teacher_logits: `[B, K]`.
@@ -43,11 +49,17 @@ def balanced_divergence_loss(
     positive_temperature(temperature)
     student, teacher = paired_logits(student_logits, teacher_logits)
     log_p, log_q = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
-    confident = (_entropy(log_p) < _entropy(log_q)).detach()
-    forward = torch.where(confident, delta, 1.0) * divergence(log_q, log_p)
-    backward = torch.where(confident, 1.0, delta) * divergence(log_p, log_q)
+    tilt = (delta - 1) / 2 * _surer(log_p.detach(), log_q.detach())
+    forward = ((1 + delta) / 2 + tilt) * divergence(log_q, log_p)
+    backward = ((1 + delta) / 2 - tilt) * divergence(log_p, log_q)
     label = cross_entropy(student, target, reduction="none")
     return reduce(label + temperature**2 * (forward + backward), reduction)
+
+
+def _surer(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`[B]`: 1 where p has the lower entropy, -1 where q has, 0 where they are equal."""
+    gap = _entropy(log_q) - _entropy(log_p)
+    return torch.where(gap.abs() <= SAME_ENTROPY * math.log(log_p.shape[-1]), 0.0, gap.sign())
 
 
 def _entropy(log_p: Tensor) -> Tensor:

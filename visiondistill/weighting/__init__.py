@@ -2,7 +2,8 @@
 
 from visiondistill.weighting.aligned import Aligned
 from visiondistill.weighting.base import Weighting
+from visiondistill.weighting.by_fraction import ByFraction
 from visiondistill.weighting.fixed import Fixed, Ramp
 from visiondistill.weighting.trilateral import Trilateral
 
-__all__ = ["Aligned", "Fixed", "Ramp", "Trilateral", "Weighting"]
+__all__ = ["Aligned", "ByFraction", "Fixed", "Ramp", "Trilateral", "Weighting"]
