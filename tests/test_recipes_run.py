@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from autoencoders import toy_vae
 from PIL import Image
 from torch import Tensor, nn
 
@@ -109,6 +110,13 @@ def without_warmup(node: Any) -> Any:
     return {name: 1 if name == "warmup" else without_warmup(value) for name, value in node.items()}
 
 
+def with_vae(node: Any, folder: Path) -> Any:
+    """A method's node, an autoencoder that it names in place, toy weights in its folder."""
+    if not isinstance(node, dict):
+        return node
+    return {name: toy_vae(folder) if name == "vae" else with_vae(value, folder) for name, value in node.items()}
+
+
 class School:
     """Networks of a recipe's own class that have learnt the small set, each once."""
 
@@ -156,7 +164,8 @@ def shrunk(config: dict[str, Any], roots: dict[str, Path], school: School, folde
         begins = learnt.get("pretrained") or learnt.get("weights")
         student = school.taught(config["student"]) if begins else small(config["student"])
         changes |= {"data": data, "run.batch_size": 20, "student": student}
-        changes["method"] = without_warmup(with_small_networks(config["method"]))
+        if "method" in config:
+            changes["method"] = without_warmup(with_vae(with_small_networks(config["method"]), folder / "vae"))
     if is_stored(config):
         changes["teacher.file"] = stored(changes["data"], folder / "teacher.safetensors")
     elif "teacher" in config:
@@ -216,6 +225,8 @@ def test_a_recipe_runs(name: str, roots: dict[str, Path], school: School, tmp_pa
     assert_trained(outcome, config)
     saved = recipes.load(outcome.folder / "config.yaml")
     assert saved["run"].items() >= config["run"].items(), "what was run is what is saved"
+    learns = "data" in config and "augmentor" in (outcome.folder / "metrics.jsonl").read_text()
+    assert (outcome.folder / "edits.png").is_file() == learns
 
 
 # The commands that stand in the recipes of `measured/`, on parts of the real sets: minutes, therefore slow.

@@ -15,12 +15,15 @@ from visiondistill.preflight import Preflight, preflight, taught_by
 from visiondistill.schema import RecipeError
 
 if TYPE_CHECKING:
+    from visiondistill.data import Source
     from visiondistill.eval import AccuracyReport
     from visiondistill.export import Exported
     from visiondistill.recipes import Plan
 
 ACCURACY = "val/accuracy"
 """In metrics.jsonl: of the product on validation images, in [0, 1]."""
+SHOWN = 10
+"""Training images in pictures of what was learned."""
 
 
 class Workshop(Protocol):
@@ -134,6 +137,7 @@ class Classifiers:
             report.write(result.output_dir / "evaluation", plots=plots)
         if process_index() == 0 and plots:
             exported = publish(result, source, {"recipe": config}, metrics, facts.taught_by())
+            _draw(result, source)
             if plan.run.progress:
                 _show(report, exported)
         return metrics, exported
@@ -165,6 +169,19 @@ class Classifiers:
             return publish(result, plan.source, about, metrics, taught_by(plan), folder, use=use, onnx=onnx)
         except ValueError as error:
             raise SettingsError(f"{result.output_dir} cannot be exported: {error}") from error
+
+
+def _draw(result: Result, source: Source) -> None:
+    """Into the run folder, what the method's parts can show of what they have learned."""
+    from visiondistill.augmentors.pictures import Draws
+    from visiondistill.data import in_order
+    from visiondistill.preflight import some_of
+
+    parts = [part for part in result.method.modules() if isinstance(part, Draws)]
+    if parts:
+        images = next(in_order(some_of(source.train(), SHOWN), SHOWN))["image"]
+        for part in parts:
+            part.draw(images[: len(images) // 2 * 2], result.output_dir)
 
 
 def _show(report: AccuracyReport | None, exported: Exported) -> None:

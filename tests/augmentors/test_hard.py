@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from visiondistill import Distiller
 from visiondistill.augmentors import Affine, AffineRange, Chain, Edit, Hard, Mask, draw_edits
 from visiondistill.augmentors.edits import MOVES, Moves, moved_by
-from visiondistill.augmentors.hard import CLEAN, HARD
 from visiondistill.data import Stream
 from visiondistill.engine import Draw
 from visiondistill.engine.errors import SettingsError
@@ -24,6 +23,8 @@ from visiondistill.teachers import Teacher
 from visiondistill.terms import CE, DKD, KL
 from visiondistill.weighting import Trilateral
 
+CLEAN, HARD = slice(0, None, 2), slice(1, None, 2)
+"""Rows that stay as they are, and rows that are edited, where nothing else is said."""
 EDITS: dict[str, Callable[[], Edit]] = {
     "affine": lambda: Affine(channels=1, width=4),
     "range": AffineRange,
@@ -141,6 +142,14 @@ def test_ranges_are_sampled_evenly_and_reach_what_they_say() -> None:
         assert quarters.bincount(minlength=4).min() > 850
 
 
+def test_ranges_start_as_wide_as_they_are_told() -> None:
+    for start in (0.0, 0.3, 0.95):
+        assert AffineRange(start=start).reach() == pytest.approx(dict.fromkeys(MOVES, start), abs=1e-6)
+    for start in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"need start in \[0, 1\)"):
+            AffineRange(start=start)
+
+
 def test_a_mask_takes_the_partners_pixels_and_says_how_much() -> None:
     edit = Mask(most=0.5, channels=1, width=4, cells=4).double()
     with torch.no_grad():
@@ -179,6 +188,35 @@ def test_every_second_image_is_edited_and_the_teacher_sees_it() -> None:
     assert torch.equal(batch["train"]["label"], original["label"])
     torch.testing.assert_close(batch["teacher"]["logits"], distiller.parts["teacher"](seen))
     assert not seen.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("share", "hard"), [(0.25, [3]), (0.5, [1, 3]), (0.75, [1, 2, 3]), (1.0, [0, 1, 2, 3]), (0.3, [3, 6, 9])]
+)
+def test_edited_rows_are_spread_evenly_and_alike_in_every_split(share: float, hard: list[int]) -> None:
+    part, count = Hard(AffineRange(), share=share, upper=None), 10 if share == 0.3 else 4
+    edited, clean = (rows.tolist() for rows in part.rows(count, torch.device("cpu")))
+    assert edited == hard
+    assert sorted(edited + clean) == list(range(count))
+    twice = part.rows(2 * count, torch.device("cpu"))
+    assert [rows.tolist() for rows in twice] == [own + [row + count for row in own] for own in (edited, clean)], (
+        "two micro-batches in one"
+    )
+
+
+def test_every_image_can_be_edited_and_then_the_switch_has_nothing_to_compare(tmp_path: Path) -> None:
+    distiller = method("mask", share=1.0, upper=None)
+    nn.init.constant_(distiller.players["augmentor"].net[-1].bias, 0.25)
+    original = next(distiller.streams["train"].open(0, [(0, 4)], key(0, "train")))[0]
+    batch = prepared(distiller)
+    neighbour = torch.tensor([1, 0, 3, 2])
+    mixed = 0.75 * original["image"] + 0.25 * original["image"][neighbour]
+    torch.testing.assert_close(batch["train"]["image"], mixed)
+    hot = torch.nn.functional.one_hot(original["label"], CLASSES).double()
+    torch.testing.assert_close(batch["train"]["target"], 0.75 * hot + 0.25 * hot[neighbour])
+    assert len(batch["hard"]["image"]) == 4, "the search is on every image, too"
+    assert not any("augmentor" in name for name in distiller.student_loss(batch)[1])
+    assert play(distiller, tmp_path, proof_window=3).proofs["main"].declined == []
 
 
 def test_nothing_is_edited_in_the_warmup() -> None:
@@ -417,6 +455,12 @@ def test_a_picture_shows_images_and_edits(tmp_path: Path) -> None:
         assert len(set(picture.convert("L").tobytes())) > 50
 
 
+@pytest.mark.parametrize("channels", [2, 3])
+def test_it_draws_its_edits_of_any_number_of_channels(channels: int, tmp_path: Path) -> None:
+    Hard(AffineRange()).draw(pictures(4).float().expand(-1, channels, -1, -1), tmp_path)
+    assert (tmp_path / "edits.png").stat().st_size > 1000
+
+
 class Stored(Teacher):
     """Knows its answers by heart."""
 
@@ -440,11 +484,25 @@ def test_what_cannot_be_is_refused() -> None:
     distiller = Distiller(net(6, 9), **odd, terms={"kd": KL()}, augmentor=Hard(AffineRange()))
     with pytest.raises(SettingsError, match="is even"):
         prepared(distiller)
+    with pytest.raises(SettingsError, match=r"5 of 6 rows of a micro-batch .* it has 4: .* divisible by 6"):
+        prepared(method(share=5 / 6))
+    with pytest.raises(SettingsError, match=r"upper=2.0 compares .* share=1.0 leaves none: set upper to null"):
+        method(share=1.0)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"upper": 1.0}, {"lower": 0.0}, {"stability": -1.0}, {"diversity": -1.0}, {"warmup": -1}, {"momentum": 1.0}],
+    [
+        {"share": 0.0},
+        {"share": 1.5},
+        {"share": 1e-4},
+        {"upper": 1.0},
+        {"lower": 0.0},
+        {"stability": -1.0},
+        {"diversity": -1.0},
+        {"warmup": -1},
+        {"momentum": 1.0},
+    ],
 )
 def test_numbers_outside_their_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingsError, match="need"):

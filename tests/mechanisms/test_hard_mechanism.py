@@ -29,6 +29,25 @@ def test_coverage_is_the_share_of_places_that_get_enough() -> None:
     assert hard.covered(hard.places(edit, 0)) == pytest.approx(13 / 169)
 
 
+def test_moves_by_whole_pixels_are_those_of_the_ranges_rounded_with_their_gradient() -> None:
+    sizes = {"turn": 0, "translation": (hard.MARGIN + 0.5) / hard.CANVAS, "scale": 1, "shear": 0, "start": 0.9}
+    between, whole = AffineRange(**sizes), hard.WholePixels(**sizes)
+    image = hard.glyphs(50).columns["image"]
+    noise = between.noise(image, hard.Draw(0, 0, {"": (0, 50)}, 50, image.device), "test")
+    pixels = between.moves.bounds[1:3] * hard.CANVAS
+    expected = (between.numbers(image, noise, image)[:, 1:3] * pixels).round()
+    assert expected.unique().tolist() == list(range(-hard.MARGIN, hard.MARGIN + 1))
+    torch.testing.assert_close(whole.numbers(image, noise, image)[:, 1:3] * pixels, expected)
+    for edit in (between, whole):
+        edit.numbers(image, noise, image).square().sum().backward()
+    assert whole.width.grad[1:3].abs().min() > 0
+    moved, _ = whole(image, noise, image)
+    down, right = expected[0].flip(0).int().tolist()
+    inside = slice(hard.MARGIN, -hard.MARGIN)
+    rolled = image[0].roll((down, right), (1, 2))
+    torch.testing.assert_close(moved[0, :, inside, inside], rolled[:, inside, inside], atol=1e-4, rtol=0)
+
+
 def test_it_measures_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = recipes.load
 
@@ -50,6 +69,28 @@ def test_it_measures_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines[2].startswith("| shift | ")
     assert lines[2].endswith("| - | - |")
     assert "| 25.0 |" in lines[3]
+    assert set(found["covered"]) == {"40"}, "its only look is at the end"
+    assert found["covered"]["40"] == found["covered_at_end"]
+
+
+def test_coverage_is_told_by_step_for_arms_that_make_edits(tmp_path: Path) -> None:
+    told = {"none_0": {}, "range_0": {"100": 0.1, "940": 0.5}, "range_1": {"100": 0.3, "940": 0.5}}
+    for run, curve in told.items():
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "result.json").write_text(json.dumps({"covered": curve} if curve else {"shifted": 0.1}))
+    lines = hard.curves(tmp_path, ["none", "range"], 2).splitlines()
+    assert lines[0] == "| arm | 100 | 940 |"
+    assert lines[2:] == ["| range | 20.0 ± 14.1 | 50.0 ± 0.0 |"]
+
+
+def test_the_arm_of_all_differs_in_share_start_and_warmup_alone() -> None:
+    part, every = (
+        recipes.load(f"measured/hard_{arm}")["stages"]["student"]["method"]["init_args"]["augmentor"]["init_args"]
+        for arm in ("range", "all")
+    )
+    edit, wide = part.pop("edit")["init_args"], every.pop("edit")["init_args"]
+    assert every == part | {"share": 1.0, "warmup": 0}
+    assert wide == edit | {"start": 0.95}
 
 
 def test_a_run_that_a_signal_ended_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Images that a network changes, as much as it has learned to; nothing at first.
 
-Networks of `Hard`. Each takes images `[B, C, H, W]` in [0, 1], noise from its own `noise`, and for
-each image a partner, and gives changed images in [0, 1]. What it may do is bounded.
+Networks of `Hard`. Each takes images `[B, C, H, W]` in [0, 1] by its own `encode`, noise from its own
+`noise`, and for each image a partner, and gives changed images in [0, 1]. What it may do is bounded.
 """
 
 from __future__ import annotations
@@ -24,20 +24,30 @@ class Edit(nn.Module):
 
     Attributes:
         mixes: it puts a share of the partner into the image, whose label is then mixed as well.
+        frozen: networks that it only reads, by name.
     """
 
     mixes: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A plain dict, so that they are no part of what is trained and saved.
+        self.frozen: dict[str, nn.Module] = {}
+
+    def encode(self, image: Tensor) -> Tensor:
+        """What it reads of images, `[B, ...]`, whatever it has learned: asked once a step. By default themselves."""
+        return image
 
     def noise(self, image: Tensor, draw: Draw, tag: str) -> Tensor:
         """What makes an answer differ from call to call, one row per image."""
         raise NotImplementedError(f"{type(self).__name__} must define noise()")
 
-    def numbers(self, image: Tensor, noise: Tensor, partner: Tensor) -> Tensor:
-        """What it decides for each image, `[B, ...]`, as shares of its bounds."""
+    def numbers(self, code: Tensor, noise: Tensor, partner: Tensor) -> Tensor:
+        """What it decides for each image, `[B, ...]`, as shares of its bounds; `code` is what `encode` gave."""
         raise NotImplementedError(f"{type(self).__name__} must define numbers()")
 
-    def forward(self, image: Tensor, noise: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
-        """Changed images, and the image's own share in each, `[B]` in [0, 1]."""
+    def forward(self, code: Tensor, noise: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+        """Changed images, and the image's own share in each, `[B]` in [0, 1]; `code` is what `encode` gave."""
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
 
@@ -101,7 +111,7 @@ class Affine(Edit):
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
-            _zeroed(nn.Linear(8 * width, len(MOVES))),
+            zeroed(nn.Linear(8 * width, len(MOVES))),
         )
 
     def noise(self, image: Tensor, draw: Draw, tag: str) -> Tensor:
@@ -126,12 +136,26 @@ class AffineRange(Edit):
 
     Args:
         turn, translation, scale, shear: bounds, as of `Affine`.
+        start: share of each bound that the ranges reach at first, in [0, 1). From 0 they widen as fast as the
+            rate lets them, and a short run is half over before they are wide.
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
-    def __init__(self, turn: float = 30.0, translation: float = 0.25, scale: float = 1.25, shear: float = 15.0) -> None:
+    def __init__(
+        self,
+        turn: float = 30.0,
+        translation: float = 0.25,
+        scale: float = 1.25,
+        shear: float = 15.0,
+        start: float = 0.0,
+    ) -> None:
         super().__init__()
+        if not 0 <= start < 1:
+            raise ValueError(f"need start in [0, 1), got {start}: a share of the bounds")
         self.moves = Moves(turn, translation, scale, shear)
-        self.width = nn.Parameter(torch.zeros(len(MOVES)))
+        self.width = nn.Parameter(torch.full((len(MOVES),), math.atanh(start)))
 
     def noise(self, image: Tensor, draw: Draw, tag: str) -> Tensor:
         return 2 * draw.uniform(tag, len(MOVES)) - 1
@@ -177,7 +201,7 @@ class Mask(Edit):
             nn.AdaptiveAvgPool2d(cells),
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
-            _zeroed(nn.Conv2d(width, 1, 1)),
+            zeroed(nn.Conv2d(width, 1, 1)),
         )
 
     def noise(self, image: Tensor, draw: Draw, tag: str) -> Tensor:
@@ -205,7 +229,8 @@ def moved_by(image: Tensor, maps: Tensor) -> Tensor:
     return moved.clamp(0, 1)
 
 
-def _zeroed(layer: nn.Module) -> nn.Module:
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weights and bias 0: what starts from it changes nothing, and learns."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

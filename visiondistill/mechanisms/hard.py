@@ -4,7 +4,8 @@
 
 One teacher (seed 0), the recipes `measured/hard_*` as arms, paired seeds. For each run: accuracy on
 centred and on shifted images, and which shifts the edits made, as coverage of the 13 x 13 places to
-which test images are shifted: now, at the end, and over the whole run. Finished runs are not done again.
+which test images are shifted: at each look, at the end, and over the whole run. Finished runs are not
+done again.
 """
 
 from __future__ import annotations
@@ -19,18 +20,31 @@ import torch
 from torch import Tensor, nn
 
 from visiondistill import recipes
-from visiondistill.augmentors import Hard, draw_edits
+from visiondistill.augmentors import AffineRange, Hard
 from visiondistill.data.glyphs import CANVAS, MARGIN, glyphs
 from visiondistill.engine import Result, train
 from visiondistill.engine.rng import Draw, key
 from visiondistill.eval import evaluate
 from visiondistill.mechanisms.tables import finished, markdown, spread
 
-ARMS = ("none", "shift", "half", "affine", "range", "switch")
-"""No shifts; random ones of every image, and of every second one on average; learned ones of every second image."""
+ARMS = ("none", "shift", "half", "affine", "range", "switch", "all", "whole")
+"""No shifts; random ones of every image, and of every second one on average; learned ones of every second image;
+learned ones of every image, wide from the start, between pixels and by whole ones."""
 SIDE = 2 * MARGIN + 1
 ENOUGH = 0.1
 """A place is covered that gets this share of what uniform shifts would give it."""
+
+
+class WholePixels(AffineRange):
+    """Moves signs by whole pixels, as the test images are: nothing is interpolated, which would blur them.
+
+    The gradient passes the rounding as if it were not there.
+    """
+
+    def numbers(self, code: Tensor, noise: Tensor, partner: Tensor) -> Tensor:
+        numbers = super().numbers(code, noise, partner)
+        pixels, (turn, shift, rest) = self.moves.bounds[1:3] * CANVAS, numbers.split([1, 2, 3], dim=1)
+        return torch.cat([turn, shift + ((shift * pixels).round() / pixels - shift).detach(), rest], 1)
 
 
 def main() -> None:
@@ -46,6 +60,7 @@ def main() -> None:
         for arm in given.arms:
             print(f"{arm}, seed {seed}: {measured(arm, seed, teacher, given.output)}", flush=True)
     print(table(given.output, given.arms, given.seeds))
+    print(f"covered, by step\n{curves(given.output, given.arms, given.seeds)}")
 
 
 def taught(folder: Path) -> nn.Module:
@@ -64,8 +79,8 @@ def taught(folder: Path) -> nn.Module:
     return network.eval()
 
 
-def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str, float]:
-    """One run: its accuracies and its coverage, kept in `result.json`.
+def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str, Any]:
+    """One run: its accuracies and its coverage (by step: "covered"), kept in `result.json`.
 
     Raises:
         KeyboardInterrupt: a signal ended it. Its looks at the edits are lost, so that it cannot go on.
@@ -76,19 +91,22 @@ def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str,
         return json.loads(file.read_text("utf-8"))
     plan = _stage(arm, "student", {"output_dir": str(place), "seed": seed}, {"teacher": teacher})
     method = plan.stages[0].method
-    edit = method.parts["augmentor"].edit if isinstance(getattr(method.parts, "augmentor", None), Hard) else None
-    looks: list[Tensor] = []
+    augmentor = getattr(method.parts, "augmentor", None)
+    edit = augmentor.edit if isinstance(augmentor, Hard) else None
+    looks: dict[int, Tensor] = {}
 
     def watch(product: nn.Module, step: int) -> Mapping[str, float]:
         if edit is not None:
-            looks.append(places(edit, len(looks)))
+            looks[step] = places(edit, len(looks))
         return {}
 
     result = _finished(train(plan.stages, plan.run, watch=watch))
     found = _accuracies(result.product.eval())
     if edit is not None:
-        found |= {"covered_at_end": covered(looks[-1]), "covered_in_all": covered(torch.stack(looks).sum(0))}
-        draw_edits(edit, glyphs(10, seed=key("picture")).columns["image"], place / "edits.png")
+        curve = {str(step): covered(counts) for step, counts in looks.items()}
+        in_all = covered(torch.stack(list(looks.values())).sum(0))
+        found |= {"covered": curve, "covered_at_end": list(curve.values())[-1], "covered_in_all": in_all}
+        augmentor.draw(glyphs(10, seed=key("picture")).columns["image"], place)
     file.write_text(json.dumps(found), "utf-8")
     return found
 
@@ -114,6 +132,17 @@ def table(folder: Path, arms: list[str], seeds: int) -> str:
     runs = {arm: finished(folder, arm, range(seeds)) for arm in arms}
     rows = [[arm, *(spread(found, name, 100, digits=1) for name in names)] for arm, found in runs.items()]
     return markdown(["arm", *(name.replace("_", " ") for name in names)], rows)
+
+
+def curves(folder: Path, arms: list[str], seeds: int) -> str:
+    """Mean coverage at each look, in percent, as Markdown: a row for each arm that makes edits."""
+    looks = {}
+    for arm in arms:
+        runs = finished(folder, arm, range(seeds)).items()
+        looks[arm] = {seed: found["covered"] for seed, found in runs if "covered" in found}
+    steps = sorted({step for runs in looks.values() for curve in runs.values() for step in curve}, key=int)
+    rows = [[arm, *(spread(runs, step, 100, digits=1) for step in steps)] for arm, runs in looks.items() if runs]
+    return markdown(["arm", *steps], rows)
 
 
 def _finished(result: Result) -> Result:
