@@ -38,6 +38,7 @@ from visiondistill.terms import (
 )
 from visiondistill.terms.nkd import NKD
 from visiondistill.terms.pkt import PKT
+from visiondistill.terms.selectivity import NeuronSelectivity
 from visiondistill.terms.similarity import SimilarityPreserving
 from visiondistill.terms.vid import VID
 from visiondistill.weighting import Aligned, Fixed, Trilateral
@@ -68,6 +69,7 @@ METHODS: dict[str, Callable[[], Parts]] = {
     "crd": lambda: {"terms": {"ce": CE(), "crd": CRD(width=32, negatives=256)}, "weighting": Fixed({"crd": 0.2})},
     "nkd": lambda: {"terms": {"ce": CE(), "nkd": NKD()}},
     "similarity": lambda: {"terms": {"ce": CE(), "sp": SimilarityPreserving()}, "weighting": Fixed({"sp": 100.0})},
+    "selectivity": lambda: {"terms": {"ce": CE(), "nst": NeuronSelectivity()}, "weighting": Fixed({"nst": 10.0})},
     "pkt": lambda: {"terms": {"ce": CE(), "pkt": PKT()}, "weighting": Fixed({"pkt": 1000.0})},
     "vid": lambda: {"terms": {"ce": CE(), "vid": VID((0, 1), (0, 1))}, "weighting": Fixed({"vid": 0.1})},
     "dual_head": lambda: {
