@@ -30,6 +30,7 @@ from diffusion.generator import Generator
 from diffusion.models.folder import pipeline_of
 from diffusion.models.lora import is_lora, lora_state
 from diffusion.models.networks import inner_model, with_denoiser
+from diffusion.models.quiet import without_bars
 from diffusion.process import FlowProcess
 from visiondistill.engine.state import fingerprint
 from visiondistill.exported import FACTS, About, check_free, written_whole
@@ -119,7 +120,8 @@ def export_generator(
         with torch.random.fork_rng(devices=[]):
             generator = portable(generator)
             written = plan(generator, steps)
-            written.pipeline.save_pretrained(unfinished, safe_serialization=True)
+            with without_bars():
+                written.pipeline.save_pretrained(unfinished, safe_serialization=True)
             apart = difference(unfinished, generator, written, steps)
         if not apart <= tolerance:
             raise RuntimeError(

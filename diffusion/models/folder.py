@@ -16,6 +16,7 @@ from diffusion.denoiser import Denoiser, EDMPreconditioner, Interval
 from diffusion.generator import Generator, Sampler
 from diffusion.models.networks import DiffusersNetwork, checkpoint_gradients
 from diffusion.models.prompts import ENCODE, encode_prompts, read_prompts
+from diffusion.models.quiet import without_bars
 from diffusion.models.schedulers import Noising, read_json, read_scheduler
 from diffusion.process import FlowProcess
 from visiondistill.exported import FACTS
@@ -189,7 +190,8 @@ def load_model(folder: Path, source: list[str]) -> nn.Module:
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     precision = "dtype" if library == "transformers" else "torch_dtype"
     try:
-        model, info = kind.from_pretrained(folder, **{precision: torch.float32}, **options)
+        with without_bars():
+            model, info = kind.from_pretrained(folder, **{precision: torch.float32}, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     wrong = {which: sorted(map(str, info[f"{which}_keys"])) for which in ("missing", "mismatched", "unexpected")}
@@ -343,14 +345,8 @@ def assemble(folder: Path, models: dict[str, Any]) -> Any:
 
 
 def pipeline_of(folder: Path, **parts: Any) -> Any:
-    """The folder as diffusers opens it, around those parts that are given; no bar counts to three."""
+    """The folder as diffusers opens it, around those parts that are given."""
     import diffusers
-    from diffusers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         return diffusers.DiffusionPipeline.from_pretrained(folder, **parts, use_safetensors=True, local_files_only=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()

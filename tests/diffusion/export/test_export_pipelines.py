@@ -340,9 +340,11 @@ def test_other_folders_are_not_overwritten_and_earlier_exports_are(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "mine"]
 
 
-def test_no_bar_counts_the_parts_of_a_folder(tmp_path, capfd):
-    logging.enable_progress_bar()
-    open_generator(export_generator(student(unet(3), 1), tmp_path / "export").folder)
+def test_no_bar_counts_the_parts_of_a_folder(tmp_path, prompts, capfd):
+    folders.stable_diffusion(tmp_path / "sd")
+    assert "%|" in capfd.readouterr().err, "else nothing is tried here"
+    made = open_generator(tmp_path / "sd", prompts=prompts)
+    open_generator(export_generator(student(made, 1), tmp_path / "export").folder, prompts=prompts)
     assert "%|" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled(), "others still have theirs"
 
