@@ -7,9 +7,9 @@ mean over positions. Odd powers, which code in circulation leaves with their sig
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, normalize
+from torch.nn.functional import normalize
 
-from visiondistill.losses.common import Reduction, lift, reduce
+from visiondistill.losses.common import Reduction, maps_of_one_size, reduce
 
 
 def attention_transfer_loss(
@@ -30,18 +30,11 @@ def attention_transfer_loss(
     """
     if p < 2 or p % 2:
         raise ValueError(f"p must be an even number >= 2, got {p}")
-    if student_feature.shape[0] != teacher_feature.shape[0]:
-        raise ValueError(
-            f"features must have the same batch size, got {tuple(student_feature.shape)} and "
-            f"{tuple(teacher_feature.shape)}"
-        )
-    student, teacher = lift(student_feature), lift(teacher_feature)
-    size = [min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-    difference = _attention(student, size, p) - _attention(teacher, size, p)
+    student, teacher = maps_of_one_size(student_feature, teacher_feature)
+    difference = _attention(student, p) - _attention(teacher, p)
     return reduce(difference.square().mean(1), reduction)
 
 
-def _attention(feature: Tensor, size: list[int], p: int) -> Tensor:
-    """`[B, C, H, W]` to unit vectors `[B, h * w]`."""
-    pooled = feature if list(feature.shape[-2:]) == size else adaptive_avg_pool2d(feature, size)
-    return normalize(pooled.pow(p).mean(1).flatten(1), dim=1)
+def _attention(feature: Tensor, p: int) -> Tensor:
+    """`[B, C, H, W]` to unit vectors `[B, H * W]`."""
+    return normalize(feature.pow(p).mean(1).flatten(1), dim=1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 Reduction = Literal["mean", "none"]
 
@@ -33,6 +34,19 @@ def paired_features(student_feature: Tensor, teacher_feature: Tensor) -> tuple[T
             f"got {tuple(student_feature.shape)} and {tuple(teacher_feature.shape)}"
         )
     return lift(student_feature), lift(teacher_feature)
+
+
+def maps_of_one_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Both `[B, C, H, W]`, lifted, the larger one averaged down to the smaller. Raises ValueError for two batches."""
+    if student_feature.shape[0] != teacher_feature.shape[0]:
+        raise ValueError(
+            f"features must have the same batch size, got {tuple(student_feature.shape)} and "
+            f"{tuple(teacher_feature.shape)}"
+        )
+    both = lift(student_feature), lift(teacher_feature)
+    size = [min(a, b) for a, b in zip(both[0].shape[-2:], both[1].shape[-2:], strict=True)]
+    student, teacher = (held if list(held.shape[-2:]) == size else adaptive_avg_pool2d(held, size) for held in both)
+    return student, teacher
 
 
 def positive_temperature(temperature: float) -> float:

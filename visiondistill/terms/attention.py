@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from visiondistill.engine.errors import SettingsError
 from visiondistill.losses.attention import attention_transfer_loss
 from visiondistill.terms.base import Needs, Term, View
 
@@ -29,10 +28,8 @@ class AttentionTransfer(Term):
         p: int = 2,
     ) -> None:
         super().__init__()
-        if len(student_stages) != len(teacher_stages) or not student_stages:
-            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
         self.p = p
-        self.needs = Needs(student_stages=tuple(student_stages), teacher_stages=tuple(teacher_stages))
+        self.needs = Needs.of_pairs(student_stages, teacher_stages)
 
     def forward(self, view: View) -> Tensor:
         pairs = zip(view.student_features, view.teacher_features, strict=True)

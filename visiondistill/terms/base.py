@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Batch, Carry
 from visiondistill.parts import Part
 
@@ -35,6 +38,17 @@ class Needs:
     teacher_embedding: bool = False
     per_sample: bool = True
     peer: bool = False
+
+    @classmethod
+    def of_pairs(cls, student_stages: Sequence[int], teacher_stages: Sequence[int], **others: Any) -> Needs:
+        """Features of stages that are compared one with one.
+
+        Raises:
+            SettingsError: the two lists differ in length, or are empty.
+        """
+        if len(student_stages) != len(teacher_stages) or not student_stages:
+            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
+        return cls(student_stages=tuple(student_stages), teacher_stages=tuple(teacher_stages), **others)
 
 
 @dataclass

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from visiondistill.engine.errors import SettingsError
 from visiondistill.losses.reviewkd import hierarchical_context_loss
 from visiondistill.models.network import Network
 from visiondistill.teachers.base import Teacher
@@ -38,14 +37,7 @@ class ReviewKD(Term):
         self, student_stages: Sequence[int] = (-3, -2, -1), teacher_stages: Sequence[int] = (-3, -2, -1)
     ) -> None:
         super().__init__()
-        if len(student_stages) != len(teacher_stages) or not student_stages:
-            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
-        self.needs = Needs(
-            student_stages=tuple(student_stages),
-            teacher_stages=tuple(teacher_stages),
-            student_embedding=True,
-            teacher_embedding=True,
-        )
+        self.needs = Needs.of_pairs(student_stages, teacher_stages, student_embedding=True, teacher_embedding=True)
 
     def connect(self, student: Network, teacher: Teacher | None) -> None:
         ours, theirs = student.feature_shapes(), teacher.feature_shapes()

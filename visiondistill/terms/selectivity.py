@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, normalize
+from torch.nn.functional import normalize
 
-from visiondistill.engine.errors import SettingsError
-from visiondistill.losses.common import Reduction, lift, reduce
+from visiondistill.losses.common import Reduction, maps_of_one_size, reduce
 from visiondistill.terms.base import Needs, Term, View
 
 
@@ -32,21 +31,14 @@ def selectivity_loss(student_feature: Tensor, teacher_feature: Tensor, reduction
     Raises:
         ValueError: batch sizes differ, or unknown reduction.
     """
-    if student_feature.shape[0] != teacher_feature.shape[0]:
-        raise ValueError(
-            f"features must have the same batch size, got {tuple(student_feature.shape)} and "
-            f"{tuple(teacher_feature.shape)}"
-        )
-    student, teacher = lift(student_feature), lift(teacher_feature)
-    size = [min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-    difference = _together(student, size) - _together(teacher, size)
+    student, teacher = maps_of_one_size(student_feature, teacher_feature)
+    difference = _together(student) - _together(teacher)
     return reduce(difference.square().sum((1, 2)), reduction)
 
 
-def _together(feature: Tensor, size: list[int]) -> Tensor:
-    """`[B, C, H, W]` to `[B, h * w, h * w]`: how much two positions have the same neurons respond."""
-    pooled = feature if list(feature.shape[-2:]) == size else adaptive_avg_pool2d(feature, size)
-    maps = normalize(pooled.flatten(2), dim=2)
+def _together(feature: Tensor) -> Tensor:
+    """`[B, C, H, W]` to `[B, H * W, H * W]`: how much two positions have the same neurons respond."""
+    maps = normalize(feature.flatten(2), dim=2)
     # Autocast would round products, whose differences are small.
     with torch.autocast(maps.device.type, enabled=False):
         return maps.mT @ maps / maps.shape[1]
@@ -64,9 +56,7 @@ class NeuronSelectivity(Term):
 
     def __init__(self, student_stages: Sequence[int] = (-1,), teacher_stages: Sequence[int] = (-1,)) -> None:
         super().__init__()
-        if len(student_stages) != len(teacher_stages) or not student_stages:
-            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
-        self.needs = Needs(student_stages=tuple(student_stages), teacher_stages=tuple(teacher_stages))
+        self.needs = Needs.of_pairs(student_stages, teacher_stages)
 
     def forward(self, view: View) -> Tensor:
         pairs = zip(view.student_features, view.teacher_features, strict=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from visiondistill.engine.across import gather_across
-from visiondistill.engine.errors import SettingsError
 from visiondistill.losses.common import lift
 from visiondistill.terms.base import Needs, Term, View
 
@@ -59,9 +58,7 @@ class SimilarityPreserving(Term):
 
     def __init__(self, student_stages: Sequence[int] = (-1,), teacher_stages: Sequence[int] = (-1,)) -> None:
         super().__init__()
-        if len(student_stages) != len(teacher_stages) or not student_stages:
-            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
-        self.needs = Needs(student_stages=tuple(student_stages), teacher_stages=tuple(teacher_stages), per_sample=False)
+        self.needs = Needs.of_pairs(student_stages, teacher_stages, per_sample=False)
 
     def forward(self, view: View) -> Tensor:
         pairs = zip(view.student_features, view.teacher_features, strict=True)

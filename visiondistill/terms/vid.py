@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, softplus
 
-from visiondistill.engine.errors import SettingsError
 from visiondistill.losses.common import Reduction, lift, paired_features, reduce
 from visiondistill.models.network import Network
 from visiondistill.teachers.base import Teacher
@@ -66,12 +65,10 @@ class VID(Term):
         initial_variance: float = 5.0,
     ) -> None:
         super().__init__()
-        if len(student_stages) != len(teacher_stages) or not student_stages:
-            raise SettingsError(f"stages come in pairs, got {list(student_stages)} and {list(teacher_stages)}")
         if not initial_variance > SMALLEST_VARIANCE:
             raise ValueError(f"initial_variance must be > {SMALLEST_VARIANCE}, got {initial_variance}")
         self.initial_variance = initial_variance
-        self.needs = Needs(student_stages=tuple(student_stages), teacher_stages=tuple(teacher_stages))
+        self.needs = Needs.of_pairs(student_stages, teacher_stages)
 
     def connect(self, student: Network, teacher: Teacher | None) -> None:
         ours, theirs = student.feature_shapes(), teacher.feature_shapes()
