@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from diffusion.conditions import ClassLabels
@@ -125,3 +127,15 @@ def reached(term: Tensor, module: nn.Module) -> set[str]:
     gradients = torch.autograd.grad(term, list(named.values()), retain_graph=True, allow_unused=True)
     moved = [name for name, g in zip(named, gradients, strict=True) if g is not None and g.abs().max() > 0]
     return {name.replace("network.", "").partition(".")[0] for name in moved}
+
+
+def each_turn_is_one_graph(make: Callable[[], GeneratorMethod], folder: Path) -> None:
+    """From the first to the last step, and what it learns is what the same run learns without compiling."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = make(), make()
+    play(eager, folder / "eager", proof_window=0)
+    play(compiled, folder / "one", proof_window=0, compile=True, compile_backend="eager")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(compiled.turns())
+    torch.testing.assert_close(weights(compiled.players), weights(eager.players), rtol=1e-10, atol=1e-10)
+    torch._dynamo.reset()

@@ -11,6 +11,7 @@ from small import (
     ROWS,
     SHAPE,
     by_formula,
+    each_turn_is_one_graph,
     play,
     prepared,
     small_draw,
@@ -236,6 +237,10 @@ def test_micro_batches_see_the_same_noise(tmp_path: Path):
     play(whole, tmp_path / "1", noise_block=4)
     play(halves, tmp_path / "2", noise_block=4, grad_accum_steps=2)
     torch.testing.assert_close(weights(halves), weights(whole), rtol=1e-9, atol=1e-10)
+
+
+def test_its_turn_is_one_graph(tmp_path: Path):
+    each_turn_is_one_graph(lambda: method(label_dropout=0.5), tmp_path)
 
 
 def test_a_resumed_run_continues_identically(tmp_path: Path):

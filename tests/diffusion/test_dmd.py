@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SHAPE, by_formula, moved_apart, play, prepared, reached, small_generator, small_streams, weights
+from small import (
+    SHAPE,
+    by_formula,
+    each_turn_is_one_graph,
+    moved_apart,
+    play,
+    prepared,
+    reached,
+    small_generator,
+    small_streams,
+    weights,
+)
 
 from diffusion.critics import GAN
 from diffusion.losses import regression_loss
 from diffusion.methods.dmd2 import DMD2, Regression
 from diffusion.pairs import store_pairs
-from visiondistill.engine.errors import ResumeError
+from visiondistill.engine.errors import NonFinite, ResumeError
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +59,21 @@ def test_without_weight_it_is_dmd2_bit_for_bit(folder: str, tmp_path: Path):
     assert not torch.equal(weights(on.players), weights(plain.players))
 
 
-def test_the_weight_is_relative_to_the_mean_of_the_matching_loss():
+def test_the_default_weight_is_the_one_that_belongs_to_a_mean_over_pixels():
     assert Regression("pairs", 8).weight == 5.0
+
+
+def test_each_turn_is_one_graph(folder: str, tmp_path: Path):
+    each_turn_is_one_graph(lambda: dmd(folder), tmp_path)
+
+
+def test_a_pair_that_is_not_finite_ends_the_run_before_anything_moves(folder: str, tmp_path: Path):
+    m = dmd(folder)
+    m.streams["pairs"].data.columns["code"][:] = float("nan")
+    before = weights(m.players)
+    with pytest.raises(NonFinite, match="student/regression"):
+        play(m, tmp_path, 3)
+    assert torch.equal(weights(m.players), before)
 
 
 def test_another_teachers_pairs_are_refused(folder: str):

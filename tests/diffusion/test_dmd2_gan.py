@@ -12,6 +12,7 @@ from small import (
     CLASSES,
     ROWS,
     SHAPE,
+    each_turn_is_one_graph,
     moved_apart,
     play,
     prepared,
@@ -312,14 +313,7 @@ def test_with_networks_of_diffusers_each_turn_is_one_graph(name: str, tmp_path: 
 
 
 def test_each_turn_is_one_graph(tmp_path: Path):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    eager, compiled = (method(GAN(kind="relativistic", r1=1.0), student_every=2) for _ in range(2))
-    play(eager, tmp_path / "eager", proof_window=0)
-    play(compiled, tmp_path / "one", proof_window=0, compile=True, compile_backend="eager")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    torch.testing.assert_close(weights(compiled.players), weights(eager.players), rtol=1e-10, atol=1e-10)
-    torch._dynamo.reset()
+    each_turn_is_one_graph(lambda: method(GAN(kind="relativistic", r1=1.0), student_every=2), tmp_path)
 
 
 def test_micro_batches_see_the_same_noise(tmp_path: Path):
