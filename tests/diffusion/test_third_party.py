@@ -36,13 +36,13 @@ def judge(shared_dir: Path, folder: Path) -> Extractor:
             "class_path": "visiondistill.models.ClassPath",
             "init_args": {
                 "class_path": "visiondistill.models.SmallConvNet",
-                "init_args": {"widths": [16, 32, 64], "norm": "batch"},
+                "init_args": {"widths": [32, 64, 128], "norm": "batch"},
                 "input_size": [1, 28, 28],
                 "mean": [0.131],
                 "std": [0.308],
             },
         },
-        "steps": 1000,
+        "steps": 2000,
         "run": {"output_dir": str(folder), "batch_size": 64, "device": "cpu", "progress": False},
         "optim.student.warmup": 100,
         "optim.student.lr": 3e-3,
@@ -55,6 +55,7 @@ def judge(shared_dir: Path, folder: Path) -> Extractor:
 @pytest.mark.slow
 def test_the_published_mnist_model_is_distilled(shared_dir: Path, tmp_path: Path) -> None:
     real: Tensor = digits(shared_dir)
+    features = [judge(shared_dir, tmp_path / "judge"), RandomExtractor()]
     teacher = published(shared_dir)
     method = DMD2(teacher, student_every=EVERY, student_steps=STEPS)
     optim = {
@@ -63,7 +64,6 @@ def test_the_published_mnist_model_is_distilled(shared_dir: Path, tmp_path: Path
     }
     run = Run(str(tmp_path / "run"), 16, ema_decay=0.98, ema_warmup=True, device="cpu", progress=False)
     student = train([Stage(method, UPDATES * EVERY, optim)], run, watch=None).ema
-    features = [judge(shared_dir, tmp_path / "judge"), RandomExtractor()]
     reports = {
         f"{title}, {steps} steps": evaluate_generator(
             generator,
