@@ -57,9 +57,11 @@ def test_the_published_mnist_model_is_distilled(shared_dir: Path, tmp_path: Path
     real: Tensor = digits(shared_dir)
     features = [judge(shared_dir, tmp_path / "judge"), RandomExtractor()]
     teacher = published(shared_dir)
-    method = DMD2(teacher, student_every=EVERY, student_steps=STEPS)
+    # Of the last of the 1,001 levels 0.6 % is signal: what an eps network says there counts 160-fold in x0.
+    laws = {"score_times": teacher.process.time_law(0.02, 0.6), "critic_times": teacher.process.time_law(0.0, 0.65)}
+    method = DMD2(teacher, student_every=EVERY, student_steps=STEPS, **laws)
     optim = {
-        "student": Optim("adamw", lr=2e-4, schedule="cosine", warmup=20, clip=10.0),
+        "student": Optim("adamw", lr=5e-5, schedule="cosine", warmup=20, clip=10.0),
         "default": Optim("adamw", lr=2e-4, warmup=20, clip=10.0),
     }
     run = Run(str(tmp_path / "run"), 16, ema_decay=0.98, ema_warmup=True, device="cpu", progress=False)
@@ -84,6 +86,5 @@ def test_the_published_mnist_model_is_distilled(shared_dir: Path, tmp_path: Path
     from rich.console import Console
 
     Console(width=160).print(comparison_table(reports))
-    # What so short a run shows: more of its images are digits than of the teacher's in as many steps, of fewer kinds.
-    found = {title: report.samples[f"precision_{features[0].name}"] for title, report in reports.items()}
-    assert found["teacher, 4 steps"] < found["student, 4 steps"] < found["teacher, 50 steps"]
+    found = {title: report.samples[f"fd_{features[0].name}"] for title, report in reports.items()}
+    assert found["student, 4 steps"] < 0.5 * found["teacher, 4 steps"]
