@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pytest
 import torch
 
@@ -244,6 +245,9 @@ def test_fastgen_student_lists_of_flow_and_trig(load):
         ("rf_uniform", {"law": "uniform", "low": 0.001, "high": 0.999}),
         ("rf_shifted5", {"law": "shifted", "low": 0.001, "high": 0.999, "shift": 5.0}),
         ("rf_logitnormal", {"law": "logit_normal", "low": 0.001, "high": 0.999}),
+        ("sd_uniform", {"law": "uniform", "low": 0.001, "high": 0.999}),
+        ("sd_logitnormal", {"law": "logit_normal", "low": 0.001, "high": 0.999}),
+        ("trig_uniform", {"law": "uniform", "low": 0.0, "high": math.pi / 2}),
     ],
 )
 def test_fastgen_time_laws(load, name, law):
