@@ -82,6 +82,13 @@ class Generator(nn.Module):
         names = ("guidance_scale", "guidance_interval", "guidance_rescale")
         return {name: getattr(self, name) for name in names}
 
+    def guidance_but(
+        self, scale: float | None = None, interval: Interval | None = None, rescale: float | None = None
+    ) -> dict[str, Any]:
+        """`guidance`, with what is said in place of its own; None leaves it."""
+        said = {"guidance_scale": scale, "guidance_interval": interval, "guidance_rescale": rescale}
+        return self.guidance | {name: value for name, value in said.items() if value is not None}
+
     @property
     def input_size(self) -> tuple[int, ...]:
         """`(C, H, W)` of its images."""

@@ -23,7 +23,7 @@ from diffusion.conditions import Conditions
 from diffusion.generator import Generator
 from visiondistill.data import Stream, TensorData
 from visiondistill.engine.rng import key
-from visiondistill.engine.state import fingerprint, write_text
+from visiondistill.engine.state import fingerprint, sha256_of, write_text
 
 MANIFEST = "pairs.json"
 BLOCK = 1000
@@ -93,7 +93,7 @@ class Pairs:
         blocks = []
         for _, entry in sorted(manifest["blocks"].items()):
             file = folder / entry["file"]
-            if not file.is_file() or _sha256(file) != entry["sha256"]:
+            if not file.is_file() or sha256_of(file) != entry["sha256"]:
                 raise ValueError(f"{file} is missing or damaged: delete the folder and store the pairs again")
             blocks.append(load_file(file))
         self.columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
@@ -127,7 +127,7 @@ def _store(
     name = f"pairs_{place}_{len(rows)}.safetensors"
     unfinished = folder / f".{name}.unfinished"
     save_file(_block(generator, rows, seed, batch_size, steps), unfinished)
-    entry = {"file": name, "rows": len(rows), "sha256": _sha256(unfinished)}
+    entry = {"file": name, "rows": len(rows), "sha256": sha256_of(unfinished)}
     os.replace(unfinished, folder / name)
     manifest["blocks"][place] = entry
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -203,8 +203,3 @@ def _read(folder: Path) -> dict[str, Any]:
     # Earlier stores do not say it: guidance could not be rescaled.
     manifest["made"].setdefault("guidance_rescale", 0.0)
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

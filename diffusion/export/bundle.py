@@ -10,7 +10,6 @@ What was written is opened again and its images are compared before the folder g
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from diffusion.models.lora import is_lora, lora_state
 from diffusion.models.networks import inner_model, with_denoiser
 from diffusion.models.quiet import without_bars
 from diffusion.process import FlowProcess
-from visiondistill.engine.state import fingerprint
+from visiondistill.engine.state import fingerprint, sha256_of
 from visiondistill.exported import FACTS, About, check_free, written_whole
 
 TOLERANCE = 1e-5
@@ -294,9 +293,5 @@ def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _files(folder: Path) -> dict[str, str]:
     """sha256 of every file by its path."""
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

@@ -334,8 +334,7 @@ def _guidance(
     teacher: Generator, scale: float | None, interval: Interval | None, rescale: float | None
 ) -> dict[str, Any]:
     """What the teacher samples with, where nothing else is said."""
-    said = {"guidance_scale": scale, "guidance_interval": interval, "guidance_rescale": rescale}
-    guidance = teacher.guidance | {name: value for name, value in said.items() if value is not None}
+    guidance = teacher.guidance_but(scale, interval, rescale)
     scale = guidance["guidance_scale"]
     if scale != 1 and not has_null(teacher.conditions):
         raise ValueError(f"guidance_scale={scale} needs a teacher with null conditions; 1 switches it off")

@@ -16,7 +16,7 @@ from diffusion.generator import Generator
 from visiondistill.data import Source, Split, TensorData, in_order
 from visiondistill.data.origin import Origin
 from visiondistill.data.source import TRAIN
-from visiondistill.engine.state import fingerprint
+from visiondistill.engine.state import fingerprint, sha256_of
 
 MANIFEST = ".json"
 CURE = "make it anew: visiondistill store latents --pipeline FOLDER --data.root DIR --file"
@@ -128,8 +128,7 @@ def cache_latents(
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     save_file({name: column.contiguous() for name, column in columns.items()}, unfinished)
-    with unfinished.open("rb") as file:
-        sums = hashlib.file_digest(file, "sha256").hexdigest()
+    sums = sha256_of(unfinished)
     # The manifest last: without it the file is not opened.
     unfinished.replace(path)
     Path(f"{path}{MANIFEST}").write_text(json.dumps(made_of | {"sha256": sums}, indent=1), "utf-8")
@@ -187,9 +186,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> Codes:
             raise ValueError(f"{file} is missing; {CURE} {path}")
     stored = json.loads(manifest.read_text("utf-8"))
     _require(path, stored, wanted)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != stored["sha256"]:
-            raise ValueError(f"{path} is damaged: its sha256 is not the one in {manifest}; {CURE} {path}")
+    if sha256_of(path) != stored["sha256"]:
+        raise ValueError(f"{path} is damaged: its sha256 is not the one in {manifest}; {CURE} {path}")
     return Codes(load_file(path), path, stored["codec"], stored.get("prompts"))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusion.conditions import Prompts, TextEncoders, texts_digest
 from diffusion.models.schedulers import read_json
+from visiondistill.engine.state import sha256_of
 
 Named = dict[str, Tensor]
 
@@ -100,7 +101,7 @@ def encoders_hash(encoders: TextEncoders) -> str:
     digest = hashlib.sha256(f"{encoders.pipeline}{_settings(folder)}".encode())
     for name in encoders.names:
         for file in sorted((folder / name).iterdir()):
-            digest.update(f"{name}/{file.name}{_sha256(file)}".encode())
+            digest.update(f"{name}/{file.name}{sha256_of(file)}".encode())
     return digest.hexdigest()
 
 
@@ -209,7 +210,7 @@ def _read(cache: Path, made_of: dict[str, str], told: dict[str, str]) -> Named:
     for name, digest in made_of.items():
         if stored.get(name) != digest:
             raise ValueError(f"cache {cache} was not made with the {name} of {told[name]}: {CURE}")
-    if not file.is_file() or _sha256(file) != stored.get("sha256"):
+    if not file.is_file() or sha256_of(file) != stored.get("sha256"):
         raise ValueError(f"cache {file} is missing or damaged: delete the folder, and it is made anew")
     return load_file(file)
 
@@ -224,7 +225,7 @@ def _write(cache: Path, held: Named, made_of: dict[str, str]) -> None:
         whole.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in held.items()}, whole / EMBEDDINGS)
         states = held["encoder_hidden_states"]
-        facts = {"count": len(states), "max_length": states.shape[1], "sha256": _sha256(whole / EMBEDDINGS)}
+        facts = {"count": len(states), "max_length": states.shape[1], "sha256": sha256_of(whole / EMBEDDINGS)}
         (whole / MANIFEST).write_text(json.dumps(made_of | facts, indent=1), "utf-8")
         try:
             os.replace(whole, cache)
@@ -232,8 +233,3 @@ def _write(cache: Path, held: Named, made_of: dict[str, str]) -> None:
             # Several processes may open one teacher: the first one's folder stays.
             if not (cache / MANIFEST).is_file():
                 raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -47,12 +47,6 @@ class Trained(Generator):
         made = opened.product
         if not isinstance(made, Generator):
             raise ValueError(f"run={run}: it made a {type(made).__name__}, which is no generator: name another run")
-        guidance = {
-            "guidance_scale": guidance_scale,
-            "guidance_interval": guidance_interval,
-            "guidance_rescale": guidance_rescale,
-        }
-        said = {name: value for name, value in guidance.items() if value is not None}
         super().__init__(
             made.denoiser.eval(),
             made.shape,
@@ -60,7 +54,7 @@ class Trained(Generator):
             conditions=made.conditions,
             steps=steps or made.steps,
             sampler=sampler or made.sampler,
-            **made.guidance | said,
+            **made.guidance_but(guidance_scale, guidance_interval, guidance_rescale),
         )
         total = sum(stage.steps for stage in opened.plan.stages)
         self.run = str(run)

@@ -41,7 +41,7 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mappin
         for name, group in tensors.items():
             _write({k: t.detach().cpu().contiguous().clone() for k, t in group.items()}, unfinished, name)
         (unfinished / META).write_text(json.dumps(meta, indent=1, sort_keys=True))
-        sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        sums = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
         (unfinished / MANIFEST).write_text(json.dumps(sums, indent=1))
         for path in unfinished.iterdir():
             _flush(path)
@@ -92,7 +92,7 @@ def verify(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file():
             raise ResumeError(f"{path} is missing")
-        if _sha256(path) != expected:
+        if sha256_of(path) != expected:
             raise ResumeError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
     return list(sums)
 
@@ -180,7 +180,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ResumeError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
