@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, leaky_relu
 
 from visiondistill import measure, schema
 from visiondistill.engine.errors import SettingsError
+from visiondistill.engine.state import sha256_of
 from visiondistill.eval import preprocessing, weights_hash
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -257,8 +258,7 @@ def _require_inception(file: Path) -> None:
     )
     if not file.is_file():
         raise SettingsError(f"fid: there is no file {file}; {cure}")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = sha256_of(file)
     # Before it is opened: torch-fidelity reads it as a pickle that may run code.
     if found != INCEPTION_SHA256:
         raise SettingsError(

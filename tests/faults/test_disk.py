@@ -85,7 +85,7 @@ PHASES: dict[str, tuple[object, str, int]] = {
     "tensors": (state, "save_file", 1),
     "more tensors": (state, "save_file", 2),
     "meta": (Path, "write_text", 1),
-    "sums": (state, "_sha256", 2),
+    "sums": (state, "sha256_of", 2),
     "manifest": (Path, "write_text", 2),
     "flush of a file": (state, "_flush", 1),
     "flush of the folder": (state, "_flush", 5),

@@ -128,7 +128,7 @@ def spoil(folder: Path, made: Path, name: str = "weights.safetensors") -> None:
     """Put a pickle into a checkpoint, its manifest made to fit."""
     zipped({"x": Harmful(made)}, folder / name)
     sums = json.loads((folder / state.MANIFEST).read_text())
-    sums[name] = state._sha256(folder / name)
+    sums[name] = state.sha256_of(folder / name)
     (folder / state.MANIFEST).write_text(json.dumps(sums))
 
 
