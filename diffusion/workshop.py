@@ -224,16 +224,17 @@ def _distances(generator: Generator, source: Source, folder: Path) -> dict[str, 
 def _exported(
     plan: Plan, result: Result, generator: Generator, method: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Exported | None:
-    from diffusion.export import export_generator, why_not
+    from diffusion.export import NotExportable, export_generator
 
-    if (reason := why_not(generator)) is not None:
+    which = "raw" if result.ema is None else "EMA"
+    try:
+        exported = export_generator(
+            generator, result.output_dir / "export", about=_about(plan, method, metrics), weights=which
+        )
+    except NotExportable as reason:
         print(f"not exported: {reason}", flush=True)
         print(f"evaluate, store and diffusion.models.Trained open {result.output_dir} itself", flush=True)
         return None
-    which = "raw" if result.ema is None else "EMA"
-    exported = export_generator(
-        generator, result.output_dir / "export", about=_about(plan, method, metrics), weights=which
-    )
     if plan.run.progress:
         print(f"export ({exported.format}): {exported.folder}", flush=True)
     return exported

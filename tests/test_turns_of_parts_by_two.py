@@ -1,15 +1,7 @@
-"""Parts with turns of their own, and terms of the whole batch, train under two processes as under one.
-
-One pair of processes plays them all.
-"""
+"""Parts with turns of their own, and terms of the whole batch, train under two processes as under one."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,10 +10,9 @@ from unittest import mock
 import pytest
 import torch
 from distilling import apart, images, net, play, weights
-from safetensors.torch import load_file, save_file
+from together import play_together, work
 from torch import Tensor
 
-import visiondistill
 from visiondistill import Distiller
 from visiondistill.augmentors import AffineRange, Hard, Mask
 from visiondistill.data import Stream
@@ -92,35 +83,7 @@ def played(name: str, folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("two")
-    paths = [str(Path(visiondistill.__file__).parents[1]), str(Path(__file__).parent)]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    running = []
-    for rank in range(2):
-        ranked = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"rank{rank}.log").open("w") as log:
-            command = [sys.executable, __file__, str(folder)]
-            running.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + 300
-    try:
-        while any(each.poll() is None for each in running) and time.monotonic() < deadline:
-            if any(each.poll() for each in running):
-                break
-            time.sleep(0.05)
-    finally:
-        for each in running:
-            each.kill()
-            each.wait()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
-    assert not any(each.returncode for each in running), logs
-    return {name: [load_file(folder / f"{name}{rank}.safetensors") for rank in range(2)] for name in JOBS}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return play_together(__file__, tmp_path_factory.mktemp("two"), JOBS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -136,9 +99,4 @@ def test_equality_would_miss_no_forgotten_collective(name: str, by_two: dict) ->
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
-    for each in JOBS:
-        save_file(played(each, out), out / f"{each}{os.environ['RANK']}.safetensors")
-    sys.stdout.flush()
-    os._exit(0)  # taking the process group apart can last ten seconds
+    work(JOBS, played)

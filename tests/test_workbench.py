@@ -100,6 +100,8 @@ def test_other_classes_than_the_data_are_refused(tmp_path: Path) -> None:
     settings = {"steps": 5, "run__output_dir": str(tmp_path / "run"), **QUIET}
     with pytest.raises(RecipeError, match=r"teacher: .*7 classes"):
         distill(SmallConvNet([8]), SmallConvNet([8], num_classes=7), EmbeddedDigits(), **settings)
+    with pytest.raises(RecipeError, match="student: it has 7 classes, but the data has 10: give it num_classes 10"):
+        distill(SmallConvNet([8], num_classes=7), SmallConvNet([8]), EmbeddedDigits(), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`methods`: what the recipes say of themselves, in a line each or whole."""
+"""For the verb `methods`: what the recipes say of themselves, in a line each or in full."""
 
 from __future__ import annotations
 

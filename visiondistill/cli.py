@@ -41,27 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 2 wrong input, 3 not finite, 4 out of memory, 5 disk full, 128 + n on signal n.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        "demo": demo,
-        "train": train,
-        "finetune": finetune,
-        "evaluate": evaluate,
-        "store": store,
-        "export": export,
-    }
-    verbs |= {"compare": compare, "methods": methods, "benchmark": benchmark}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    from visiondistill.schema import RecipeError, nearest
+    from visiondistill.schema import RecipeError
 
     try:
-        foreign = _foreign(words)
-        if foreign is None and words[0] not in verbs:
-            close = nearest(words[0], verbs)
-            print(f"visiondistill: unknown verb {words[0]!r}{close}; there are {', '.join(verbs)}", file=sys.stderr)
-            return 2
-        return foreign(words[2:]) if foreign is not None else verbs[words[0]](words[1:])
+        return _dispatch(words)
     except RecipeError as error:
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
         return 2
@@ -75,6 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"visiondistill {words[0]}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _dispatch(words: list[str]) -> int:
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "demo": demo,
+        "train": train,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "store": store,
+        "export": export,
+        "compare": compare,
+        "methods": methods,
+        "benchmark": benchmark,
+    }
+    foreign = _foreign(words)
+    if foreign is not None:
+        return foreign(words[2:])
+    if words[0] in verbs:
+        return verbs[words[0]](words[1:])
+    from visiondistill.schema import nearest
+
+    close = nearest(words[0], verbs)
+    print(f"visiondistill: unknown verb {words[0]!r}{close}; there are {', '.join(verbs)}", file=sys.stderr)
+    return 2
 
 
 def _foreign(words: list[str]) -> Callable[[list[str]], int] | None:
@@ -330,8 +340,6 @@ def benchmark(words: list[str]) -> int:
         "performance": {"student": "resnet18", "teacher": "resnet50", "size": 96, "batch_size": 16},
     }
     options = options_of(words[1:], benchmark, own[words[0]])
-    if options is None:
-        return 0
     from visiondistill.benchmark import benchmark_performance, benchmark_step
 
     {"step": benchmark_step, "performance": benchmark_performance}[words[0]](**options)

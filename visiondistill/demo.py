@@ -173,7 +173,7 @@ def _show(rows: Sequence[Row], console: Console) -> None:
     )
 
 
-def _misread(students: dict[Arm, list[Trained]], count: int = 12) -> list[tuple[Tensor, int, int, int]]:
+def _misread(students: list[list[Trained]], count: int = 12) -> list[tuple[Tensor, int, int, int]]:
     """The first test images that the first seed's baseline and distilled students read differently.
 
     Each as (image `[8, 8]`, label, baseline's answer, distilled student's answer).

@@ -27,7 +27,7 @@ from visiondistill.terms import Needs, Term, View
 from visiondistill.weighting import Fixed, Weighting
 
 Answers = dict[str, Any]  # "logits", "features", "embedding" ... of one side; the student's logits by head
-Values = tuple[dict[str, Tensor], View, Carry]
+Values = tuple[dict[str, Tensor], View, Carry]  # the terms' values, the weighting's view, what `after` receives
 
 STUDENT, TRAIN = "student", "train"
 AXES = ("augmentor", "teacher", "heads", "weighting")
@@ -84,8 +84,8 @@ class Distiller(Method):
         _check_networks(network, source)
         active = _active(terms, weighting)
         # The order of `prepare`: images first, then their targets, then whatever reads both.
-        parts: dict[str, Part | None] = {"augmentor": augmentor, "teacher": source, "heads": heads}
-        parts |= {**active, "weighting": weighting}
+        given = {"augmentor": augmentor, "teacher": source, "heads": heads, **active, "weighting": weighting}
+        parts: dict[str, Part] = {name: part for name, part in given.items() if part is not None}
         streams = _read(streams, parts)
         labelled = getattr(streams[TRAIN], "labelled_fraction", 1.0)
         mixed = bool(getattr(augmentor, "soft_labels", False))
@@ -94,20 +94,18 @@ class Distiller(Method):
         for name, term in active.items():
             _check_term(name, term.needs, heads, weighting, labelled, mixed)
         _check_heads(heads, active)
-        readers = active | {name: part for name, part in parts.items() if part is not None and part.needs is not None}
+        readers = active | {name: part for name, part in parts.items() if part.needs is not None}
         needs = {name: _resolved(name, reader.needs, network, source) for name, reader in readers.items()}
         for name, part in parts.items():
-            if part is not None and name != "teacher":
+            if name != "teacher":
                 part.connect(network, source)
-        asked = any(part is not None and part.asks_teacher for part in parts.values())
-        if source is not None and not asked and not any(map(_reads_teacher, needs.values())):
+        if source is not None and not _asks_teacher(parts, needs):
             warnings.warn("a teacher is given, but no term with a weight reads it: it is left out", stacklevel=2)
-            parts["teacher"] = None
+            del parts["teacher"]
         elif source is not None:
             _check_views(augmentor, source)
             source.stages = _stages(need.teacher_stages for need in needs.values())
             source.embedding = any(need.teacher_embedding for need in needs.values())
-        parts = {name: part for name, part in parts.items() if part is not None}
 
         super().__init__(
             _united([{STUDENT: network}, _networks(parts, "players")]),
@@ -215,9 +213,9 @@ class Distiller(Method):
         )
 
     def _over_labelled(self, needs: Needs, value: Tensor, batch: Batch) -> Tensor:
-        """Rows without a label count nothing, the others so much more that means are over labelled rows.
+        """Rows without a label count 0, the others so much more that the mean is over labelled rows.
 
-        The divisor is the stream's share of labels, not the count in this batch: counts differ
+        They are divided by the stream's share of labels, not by the count in this batch: counts differ
         between micro-batches and processes, and a mean of their means would weight images unequally.
         """
         if not needs.label or self.labelled_fraction == 1:
@@ -234,8 +232,9 @@ def _join(part: str, name: str) -> str:
 
 
 def _networks(parts: Mapping[str, Part], kind: str) -> dict[str, nn.Module]:
-    """The parts' "players" or "frozen" networks under their names in the method."""
-    return _united([{_join(part, name): net for name, net in getattr(m, kind).items()} for part, m in parts.items()])
+    """The parts' networks of a kind, "players" or "frozen", under their names in the method."""
+    named = [{_join(name, own): net for own, net in getattr(part, kind).items()} for name, part in parts.items()]
+    return _united(named)
 
 
 def _united(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -248,9 +247,9 @@ def _united(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return everything
 
 
-def _read(streams: Mapping[str, Stream], parts: Mapping[str, Part | None]) -> dict[str, Stream]:
+def _read(streams: Mapping[str, Stream], parts: Mapping[str, Part]) -> dict[str, Stream]:
     """The streams that somebody reads."""
-    read = dict.fromkeys((TRAIN, *(name for part in parts.values() if part is not None for name in part.reads)))
+    read = dict.fromkeys((TRAIN, *(name for part in parts.values() for name in part.reads)))
     missing = [name for name in read if name not in streams]
     if missing:
         raise SettingsError(f"streams must have {missing}, got {sorted(streams)}")
@@ -263,6 +262,11 @@ def _stages(asked: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
 
 def _reads_teacher(needs: Needs) -> bool:
     return needs.teacher_logits or bool(needs.teacher_stages) or needs.teacher_embedding
+
+
+def _asks_teacher(parts: Mapping[str, Part], needs: Mapping[str, Needs]) -> bool:
+    """Whether the teacher is read at all: in the student's turn, or by a part in a turn of its own."""
+    return any(part.asks_teacher for part in parts.values()) or any(map(_reads_teacher, needs.values()))
 
 
 def _active(terms: Mapping[str, Term], weighting: Weighting) -> dict[str, Term]:
@@ -323,10 +327,9 @@ def _check_heads(heads: Heads, active: Mapping[str, Term]) -> None:
         )
 
 
-def _settle(name: str, part: Part | None, student: Network, streams: Mapping[str, Stream]) -> None:
+def _settle(name: str, part: Part, student: Network, streams: Mapping[str, Stream]) -> None:
     try:
-        if part is not None:
-            part.settle(student, streams)
+        part.settle(student, streams)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"'{name}': {error}") from error
 
@@ -339,8 +342,10 @@ def _resolved(name: str, needs: Needs, student: Network, teacher: Teacher | None
         ours = tuple(student.stage_index(stage) for stage in needs.student_stages)
         theirs = tuple(teacher.stage_index(stage) for stage in needs.teacher_stages)
         # Asked for here, so that a network without embedding is refused under the term's name.
-        _ = needs.student_embedding and student.embedding_size()
-        _ = needs.teacher_embedding and teacher.embedding_size()
+        if needs.student_embedding:
+            student.embedding_size()
+        if needs.teacher_embedding:
+            teacher.embedding_size()
     except (TypeError, ValueError) as error:
         raise SettingsError(f"term '{name}': {error}") from error
     return replace(needs, student_stages=ours, teacher_stages=theirs)

@@ -1,7 +1,8 @@
-"""What exports have in common, of whatever kind: what is said of them, and a folder that is whole or not there."""
+"""What exports of every kind share: what their cards say, and a folder that is there whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FACTS = "export.json"
-"""In every export, and by which one is known."""
+"""The file by which a folder is known for an export."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class About:
     license: str | None = None
 
 
+def training_section(about: Mapping[str, Any]) -> str:
+    """Of a model card: what `About` (as a dict) says of teacher, data, method and licence."""
+    short = {key: about[key] for key in ("teacher", "data", "method") if isinstance(about[key], str)}
+    lines = [f"- {key}: {said or 'not stated'}" for key, said in short.items()]
+    lines.append(f"- licence: {about['license'] or 'not stated'}")
+    blocks = [
+        f"{key.capitalize()}:\n\n```json\n{json.dumps(about[key], indent=1, ensure_ascii=False, default=str)}\n```"
+        for key in ("data", "method")
+        if key not in short
+    ]
+    return "\n\n".join(["\n".join(lines), *blocks])
+
+
 def check_free(folder: Path) -> None:
     """Raises ValueError unless `folder` is new, empty, or an earlier export."""
     if folder.exists() and not folder.is_dir():
@@ -46,9 +60,9 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which gets the name `folder` at the end, in place of an earlier export.
+    """A new folder to write into; at the end it gets the name `folder`, in place of an earlier export.
 
-    After an error, or a kill, nothing of it bears that name.
+    After an error or a kill nothing of it bears that name.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

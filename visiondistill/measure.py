@@ -1,4 +1,4 @@
-"""`evaluate` and `store`: a run, an export or a timm model, asked again."""
+"""For the verbs `evaluate` and `store`: a run, an export or a timm model is opened and asked about images."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def store(file: str, run: str | None = None, model: str | None = None, changes: 
         run, model, changes: as of `accuracy`.
 
     Returns:
-        how many images it was asked about.
+        How many images it was asked about.
 
     Raises:
         As of `accuracy`; also logits that are not finite.

@@ -9,20 +9,20 @@ from typing import Any
 def options_of(
     words: list[str], verb: Callable, defaults: dict[str, Any], dotted: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """`--name value` words over `defaults`, of the same types; None where help was asked for and given.
+    """A verb's options: `--name value` words over `defaults`, of the same types; None where help was printed.
 
     Args:
         words: of the command line.
         verb: whose docstring is the help.
         defaults: by name. Where one is text or None, the word is taken as it stands.
-        dotted: first parts of keys that are taken besides, such as "data" of --data.root DIR; they
-            come back as "changes".
+        dotted: first parts of dotted keys that are taken too, such as "data" of --data.root DIR; they
+            come back together under the name "changes".
 
     Raises:
         RecipeError: an unknown name, or a value of another type.
     """
-    from visiondistill.recipes import RecipeError, parse_overrides, split_words
-    from visiondistill.schema import nearest
+    from visiondistill.recipe_files import parse_overrides, split_words
+    from visiondistill.schema import RecipeError, nearest
 
     if asks_help(words, verb):
         return None
@@ -54,7 +54,8 @@ def help_of(verb: Callable) -> str:
 
 
 def _typed(name: str, word: str, default: Any) -> Any:
-    from visiondistill.recipes import RecipeError, parse_overrides
+    from visiondistill.recipe_files import parse_overrides
+    from visiondistill.schema import RecipeError
 
     if isinstance(default, str):
         return word

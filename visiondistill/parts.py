@@ -32,8 +32,8 @@ class Part(nn.Module):
         streams: data of its own, under its own names.
         asks_teacher: it calls the teacher's networks itself, in a turn of its own.
         needs: what it reads of both networks in the student's turn; None for nothing.
-        reads: streams of the `Distiller`'s besides "train" that this part reads; others are not opened.
-        views: of an augmentor: what it does to images, in words of its own, such as "flip"; None for not said.
+        reads: streams of the `Distiller` besides "train" that this part reads; what no part reads is not opened.
+        views: of an augmentor: what it does to images, in words such as "flip"; None where it does not say.
     """
 
     needs: Needs | None = None
@@ -49,15 +49,15 @@ class Part(nn.Module):
         self.streams: dict[str, Stream] = {}
 
     def settle(self, student: Network, streams: Mapping[str, Stream]) -> None:
-        """Complete `needs` and buffers by what the student and the data are: stages by default, sizes of memories.
+        """Complete `needs` and buffers from the student and the data: default stages, sizes of memories.
 
-        Comes before all checks; a TypeError or ValueError is reported under the part's name.
+        Called before all checks; a TypeError or ValueError is reported under the part's name.
         """
 
     def connect(self, student: Network, teacher: Teacher | None) -> None:
-        """Build whatever depends on the networks' shapes, such as regressors; they become players.
+        """Build whatever depends on the networks' shapes, such as regressors, and put it into `players`.
 
-        A network that is kept here is kept outside the module tree (in a tuple): it is registered already.
+        To keep `student` or `teacher` itself, put it into a tuple: it is registered elsewhere already.
         """
 
     def bind(self, side: StudentSide) -> None:

@@ -1,7 +1,7 @@
-"""What is checked and said before the first step, because most failures are silent after it.
+"""What is checked and printed before the first step, because most failures are silent after it.
 
-The teacher's accuracy is measured, not believed; classes, files, weights, batch, cost and disk are
-printed; the export is rehearsed.
+The teacher's accuracy is measured; classes, files, weights, batch, cost and disk are printed; the
+export is rehearsed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEACHER_IMAGES = 500
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What a network is: parameters, multiply-adds counted twice, and where its weights came from."""
+    """What a network is: parameters, operations of an image (a multiply-add as two), where its weights come from."""
 
     name: str
     parameters: int
@@ -53,7 +53,9 @@ class Preflight:
         batch: processes x micro-batches x rows, as text.
         ideal_step_cost: 1 + F_t / (3 F_s): a step with the teacher over one without.
         memory: bytes of weights, gradients, optimiser state and average (activations not counted).
-        checkpoint: bytes of one checkpoint, and `disk`, the bytes that are free.
+        checkpoint: bytes of one checkpoint.
+        disk: bytes that are free for them.
+        notes: further lines for people.
     """
 
     data: Account | None
@@ -129,10 +131,11 @@ def preflight(plan: Plan, rehearse: bool = True) -> Preflight:
 
 
 def of_run(plan: Plan, trained: int, frozen: int, **own: Any) -> Preflight:
-    """What a plan is whatever it trains, with `own` for the rest of the facts.
+    """The facts of a plan that do not hang on what it trains: data, steps, batch, memory, disk.
 
     Args:
         trained, frozen: bytes of weights.
+        own: the other fields of `Preflight`.
 
     Raises:
         SettingsError: no room for the checkpoints.
@@ -164,7 +167,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def taught_by(plan: Plan) -> str:
-    """As `Preflight.taught_by`, measured now.
+    """As `Preflight.taught_by`, with the teacher measured now.
 
     Raises:
         SettingsError: a teacher near chance.

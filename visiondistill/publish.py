@@ -167,7 +167,7 @@ def _as_result(restored: Restored, run: Path) -> Result:
 
 
 def figures(run: Path, product: nn.Module, plan: recipes.Plan, weights: str) -> Mapping[str, Any]:
-    """Of a run's test images: those in its folder where they are of these weights; measured otherwise."""
+    """Figures of a run's test images: those in its folder if they are of these weights, otherwise measured now."""
     from visiondistill.eval.identity import weights_hash
 
     stored = run / "evaluation" / "accuracy.json"

@@ -1,7 +1,7 @@
-"""Config nodes against signatures: checked first, with the whole path of a wrong key, then built.
+"""Config nodes against signatures: checked first, so that an error names the whole path of the key, then built.
 
 A node `{class_path: package.Class, init_args: {...}}` is a class with its constructor's arguments;
-the signature is the schema, there is no other. Leaf types are judged and converted by jsonargparse.
+the signature is the only schema. Types of leaves are judged and converted by jsonargparse.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RecipeError(ValueError):
     exit_code = 2
 
 
-class Missing:
-    """Stands for an argument that is given later (the student, the streams, what a stage hands over)."""
+class Unsaid:
+    """Stands for a default that a YAML file cannot say: an object, a function, a number that is not finite."""
 
 
 def is_class(node: Node) -> bool:
@@ -61,10 +61,10 @@ def resolve(path: str, where: str) -> type:
 
 
 def shadowed(module_name: str) -> str:
-    """After a failed import: whether it met another package than the one installed with this one, and the cure.
+    """After a failed import: another package in the way of one that is installed with this one, and the cure.
 
     Returns:
-        a clause for the end of a message, "" where nothing stands in the way.
+        A clause for the end of a message; "" where nothing is in the way.
     """
     top = module_name.partition(".")[0]
     own, spec = Path(__file__).resolve().parents[1] / top, find_spec(top)
@@ -192,12 +192,12 @@ def build(node: Node, kind: Any, where: str, given: Mapping[str, Any] | None = N
 
 
 def complete(node: Node, kind: Any, left_out: Collection[str] = ()) -> Node:
-    """A checked node with the defaults of all signatures that it names written out.
+    """A checked node, with the defaults of every signature that it names written out.
 
-    What the node says comes first and in its own order, because arguments are built in that order
-    and networks draw their initial weights when they are built; defaults follow in the
-    signature's order. A default stays out where a file could not say it: objects and functions,
-    and whatever its own annotation would read back as something else.
+    What the node says comes first, in its own order, because arguments are built in that order and
+    networks draw their initial weights when they are built; defaults follow in the signature's
+    order. A default is left out where a file cannot say it: objects, functions, and whatever its
+    own annotation would read back as something else.
 
     Args:
         node, kind: as of `check`.
@@ -236,7 +236,7 @@ def _completed(arguments: Node, target: Callable, left_out: Collection[str]) -> 
 
 
 def _handed_on(node: Node, outer: Collection[str]) -> dict[str, Node]:
-    """Arguments of the class that `node` names, but for what the outer class may add of its own."""
+    """Arguments of the class that `node` names, with the defaults that the `outer` class has no argument for."""
     target = resolve(node["class_path"], "class_path")
     given = dict(node.get("init_args") or {})
     # Nothing reads them by their annotations.
@@ -251,19 +251,19 @@ def _defaults(target: Callable, kinds: Mapping[str, Any], left_out: Collection[s
         # A signature hides those that are made anew each time.
         values |= {f.name: f.default_factory() for f in fields(target) if f.default_factory is not MISSING}
     said = {name: _said(values[name], kind) for name, kind in kinds.items() if name not in left_out}
-    return {name: value for name, value in said.items() if value is not Missing}
+    return {name: value for name, value in said.items() if value is not Unsaid}
 
 
 def _said(default: Any, kind: Any) -> Node:
-    """A default as YAML has it; `Missing` where reading that would give something else."""
+    """A default as YAML has it; `Unsaid` where reading that would give something else."""
     value = _plain(default)
-    if value is Missing or kind in (Any, inspect.Parameter.empty):
+    if value is Unsaid or kind in (Any, inspect.Parameter.empty):
         # Without an annotation nothing turns a list back into the tuple that the code may rely on.
-        return value if value is Missing or value == default else Missing
+        return value if value is Unsaid or value == default else Unsaid
     try:
-        return value if _plain(build(value, kind, "default")) == value else Missing
+        return value if _plain(build(value, kind, "default")) == value else Unsaid
     except RecipeError:
-        return Missing
+        return Unsaid
 
 
 def _plain(value: Any) -> Node:
@@ -271,11 +271,11 @@ def _plain(value: Any) -> Node:
         return value
     if type(value) in (tuple, list):
         entries = [_plain(entry) for entry in value]
-        return Missing if Missing in entries else entries
+        return Unsaid if Unsaid in entries else entries
     if type(value) is dict and all(type(name) is str for name in value):
         entries = {name: _plain(entry) for name, entry in value.items()}
-        return Missing if Missing in entries.values() else entries
-    return Missing
+        return Unsaid if Unsaid in entries.values() else entries
+    return Unsaid
 
 
 def _check_kind(target: Any, kind: Any, where: str) -> None:

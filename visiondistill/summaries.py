@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: means, spreads and paired intervals, as a table, a file and a picture."""
+"""Summaries of a comparison's runs: means, spreads and paired intervals, as a table, a file and a picture."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Summary:
 def summarize(
     measured: Mapping[str, Sequence[Measured]], reference: str, choices: Mapping[str, Choice] | None = None
 ) -> list[Summary]:
-    """What the arms' runs say, in the order of the arms. The runs of one place have one seed."""
+    """One summary an arm, in the order of the arms. The n-th runs of all arms have the same seed."""
     unit = measured.get(COST, measured[reference])
     return [
         Summary(
@@ -160,7 +160,7 @@ def _rows(summaries: Sequence[Summary]) -> list[list[str]]:
 
 
 def _told(choice: Choice) -> str:
-    """The setting, each key by its last part alone, and of how many."""
+    """The setting, its keys by their last part alone, and how many were tried."""
     changes = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in choice.setting.items())
     return f"{changes or 'as it stands'} (of {len(choice.trials)})"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from visiondistill import recipes
 from visiondistill.data import OwnData, Source
-from visiondistill.engine import Method, Result, train
+from visiondistill.engine import Result, train
 from visiondistill.engine.across import process_index
 from visiondistill.engine.checkpoints import Store
 from visiondistill.measure import run_config
@@ -64,8 +64,8 @@ def run(
         artefacts: export the student and draw plots; without them only figures are written.
 
     Raises:
-        RecipeError, SettingsError: before the first step, with the key or file named.
-        ResumeError: likewise, the run folder is in use.
+        RecipeError, SettingsError: before the first step; the message names the key or file.
+        ResumeError: before the first step: the run folder is in use.
         Further errors as of `engine.train`.
     """
     plan = recipes.plan(config, given, source)
@@ -125,10 +125,10 @@ def distill(
 
 
 def replay(folder: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Play a step again that was not finite, from what its run kept; nothing moves and nothing is written.
+    """Play again a step that was not finite, from what its run kept; nothing moves and nothing is written.
 
     Args:
-        folder: `replay/step_*` in the run folder, as the error names it.
+        folder: `replay/step_*` in the run folder; the error of the run names it.
         given: as of `run`, where the run was given objects.
 
     Returns:
@@ -137,22 +137,22 @@ def replay(folder: str | Path, given: Mapping[str, Any] | None = None) -> dict[s
     Raises:
         RecipeError, SettingsError: no such folder or run, or files of the run that changed.
     """
-    from visiondistill.engine import replay as engine
     from visiondistill.engine.checkpoints import restore, stage_name
     from visiondistill.engine.launch import launch
+    from visiondistill.engine.replay import replay as play_again
     from visiondistill.engine.state import load
 
     folder = Path(folder)
-    kept = load(folder)[1]["stage"]
-    plan = recipes.plan(run_config(folder.parent.parent), given)
-    index = [stage.name for stage in plan.stages].index(kept)
+    _, meta = load(folder)
+    run_folder = folder.parent.parent
+    plan = recipes.plan(run_config(run_folder), given)
+    index = [stage.name for stage in plan.stages].index(meta["stage"])
     handover = None
     if index:
-        earlier = folder.parent.parent / "checkpoints" / stage_name(index - 1, plan.stages[index - 1])
+        earlier = run_folder / "checkpoints" / stage_name(index - 1, plan.stages[index - 1])
         handover = restore(plan.stages[:index], plan.run, earlier).method.handover()
-    method = plan.stages[index].method
-    method = method if isinstance(method, Method) else method(handover)
-    return engine.replay(method.to(launch(plan.run.device).device), folder)
+    method = plan.stages[index].build(handover)
+    return play_again(method.to(launch(plan.run.device).device), folder)
 
 
 def _tuned(plan: recipes.Plan, config: recipes.Config, facts: Preflight) -> tuple[recipes.Config, Preflight]:

@@ -33,7 +33,7 @@ class Workshop(Protocol):
     `Method.presented` makes of the product.
 
     Attributes:
-        measured_by: the command that measures a run's product again, up to the run.
+        measured_by: the command that measures a run's product again, without the run folder at its end.
     """
 
     measured_by: str
@@ -90,12 +90,12 @@ class Workshop(Protocol):
 
 
 def workshop_of(plan: Plan) -> Workshop:
-    """By the method of the last stage."""
+    """The workshop of what a plan makes: of its last stage's method."""
     return workshop_of_kind(plan.kinds[-1])
 
 
 def workshop_of_kind(method: Callable) -> Workshop:
-    """By the class of a method, or what builds one."""
+    """The workshop of a method's class, or of a function that builds a method."""
     return getattr(method, "workshop", Method.workshop)() or Classifiers()
 
 

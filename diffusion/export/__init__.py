@@ -1,5 +1,13 @@
 """Generators as pipeline folders of diffusers, which open without this package."""
 
-from diffusion.export.bundle import TOLERANCE, About, Exported, export_generator, export_lora, why_not
+from diffusion.export.bundle import (
+    TOLERANCE,
+    About,
+    Exported,
+    NotExportable,
+    export_generator,
+    export_lora,
+    why_not,
+)
 
-__all__ = ["TOLERANCE", "About", "Exported", "export_generator", "export_lora", "why_not"]
+__all__ = ["TOLERANCE", "About", "Exported", "NotExportable", "export_generator", "export_lora", "why_not"]

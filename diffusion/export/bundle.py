@@ -74,12 +74,16 @@ class Exported:
         return f"diffusers {self.pipeline}"
 
 
+class NotExportable(ValueError):
+    """No pipeline of diffusers samples as the generator does; the message names the part and the cure."""
+
+
 def why_not(generator: Generator, steps: int | None = None) -> str | None:
-    """Why `export_generator` would refuse, before anything is trained; None where it would not."""
+    """Before anything is trained: why `export_generator` would find no pipeline; None where it would find one."""
     try:
         with torch.random.fork_rng(devices=[]):
-            plan(portable(generator), steps or generator.steps)
-    except ValueError as error:
+            _planned(portable(generator), steps or generator.steps)
+    except NotExportable as error:
         return str(error)
     return None
 
@@ -109,7 +113,8 @@ def export_generator(
         tolerance: of the comparison; teachers of many steps add up more of float32's rounding.
 
     Raises:
-        ValueError: no pipeline of diffusers samples so (with the cure), or the folder is in use.
+        NotExportable: no pipeline of diffusers samples so.
+        ValueError: the folder is in use.
         RuntimeError: what was written does not sample as the generator does.
     """
     about, folder, steps = about or About(), Path(folder), steps or generator.steps
@@ -118,7 +123,7 @@ def export_generator(
         # Building a network anew draws random weights before the given ones replace them.
         with torch.random.fork_rng(devices=[]):
             generator = portable(generator)
-            written = plan(generator, steps)
+            written = _planned(generator, steps)
             with without_bars():
                 written.pipeline.save_pretrained(unfinished, safe_serialization=True)
             apart = difference(unfinished, generator, written, steps)
@@ -144,6 +149,13 @@ def export_generator(
     return exported
 
 
+def _planned(generator: Generator, steps: int) -> Plan:
+    try:
+        return plan(generator, steps)
+    except ValueError as error:
+        raise NotExportable(str(error)) from error
+
+
 @torch.no_grad()
 def difference(folder: Path, generator: Generator, written: Plan, steps: int) -> float:
     """Largest difference of pixels between the folder's images and the generator's, for equal noise."""
@@ -157,7 +169,7 @@ def difference(folder: Path, generator: Generator, written: Plan, steps: int) ->
 
 
 def portable(generator: Generator) -> Generator:
-    """A copy on the CPU, in float32 and eval mode: other devices and precisions round otherwise."""
+    """A copy on the CPU, in float32 and eval mode: other devices and precisions round differently."""
     copied = with_denoiser(generator, copy.deepcopy(generator.denoiser))
     copied._modules["codec"] = copy.deepcopy(generator.codec)
     return copied.cpu().float().eval().requires_grad_(False)
@@ -179,7 +191,7 @@ def _images(given: Any) -> Tensor:
 
 
 def _asked(generator: Generator) -> dict[str, Any]:
-    """What the call is asked for, as `Conditions.at` counts."""
+    """Arguments of the pipeline's call that ask for the samples 0 to ROWS - 1, as `Conditions.at` counts them."""
     conditions = generator.conditions
     if isinstance(conditions, Prompts):
         return {"prompt": [conditions.texts[row % len(conditions.texts)] for row in range(ROWS)]}
@@ -197,10 +209,10 @@ def export_lora(
     about: About | None = None,
     weights: str = "as given",
 ) -> Path:
-    """Write a LoRA student's adapters alone, for `pipeline.load_lora_weights(folder)`, and its scheduler.
+    """Write a LoRA student's adapters without the base, for `pipeline.load_lora_weights(folder)`, and its scheduler.
 
-    Their strength alpha/rank is in the weights: every loader gives them the strength that they were
-    trained with.
+    Their strength alpha/rank is multiplied into the weights, so that every loader gives them the
+    strength that they were trained with.
 
     Args:
         generator, folder, steps, about, weights: as of `export_generator`.
@@ -241,7 +253,7 @@ def _encoders(generator: Generator) -> TextEncoders | None:
 
 
 def _absent(written: Plan) -> dict[str, None]:
-    """Parts that the pipeline lacks and that its opening asks for by name, such as SD3's third text encoder."""
+    """Parts that the pipeline lacks and must be opened without, by name, such as SD3's third text encoder."""
     optional = type(written.pipeline)._optional_components
     return {name: None for name, part in written.pipeline.components.items() if part is None and name not in optional}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from visiondistill.exported import training_section
 
 USE = """```python
 import torch
@@ -43,9 +44,8 @@ def render(facts: Mapping[str, Any]) -> str:
     sections = [
         _front_matter(about),
         f"# {about['name']}",
-        "## Use\n\n"
-        + (ADAPTERS.format(**facts, pipeline=facts["adapters_of"]) if "adapters_of" in facts else _use(facts)),
-        "## Training\n\n" + _training(about),
+        "## Use\n\n" + (_use_of_adapters(facts) if "adapters_of" in facts else _use(facts)),
+        "## Training\n\n" + training_section(about),
         "## Figures\n\n" + _figures(about["metrics"]),
         "## Files\n\n" + "\n".join(f"- `{name}`: sha256 `{digest}`" for name, digest in facts["files"].items()),
     ]
@@ -56,6 +56,10 @@ def _front_matter(about: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: diffusers", "tags:", "- diffusion", "- distillation"]
     lines += [f"license: {about['license']}"] if about["license"] else []
     return "\n".join([*lines, "---"])
+
+
+def _use_of_adapters(facts: Mapping[str, Any]) -> str:
+    return ADAPTERS.format(**facts, pipeline=facts["adapters_of"])
 
 
 def _use(facts: Mapping[str, Any]) -> str:
@@ -73,21 +77,6 @@ def _use(facts: Mapping[str, Any]) -> str:
         f"`{facts['weights']['sha256']}`.",
     ]
     return "\n\n".join(told)
-
-
-def _training(about: Mapping[str, Any]) -> str:
-    lines = [f"- {key}: {about[key] or 'not stated'}" for key in ("teacher", "data", "method") if _short(about[key])]
-    lines.append(f"- licence: {about['license'] or 'not stated'}")
-    blocks = [
-        f"{key.capitalize()}:\n\n```json\n{json.dumps(about[key], indent=1, ensure_ascii=False, default=str)}\n```"
-        for key in ("data", "method")
-        if not _short(about[key])
-    ]
-    return "\n\n".join(["\n".join(lines), *blocks])
-
-
-def _short(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:

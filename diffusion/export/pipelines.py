@@ -70,7 +70,7 @@ def plan(generator: Generator, steps: int) -> Plan:
 
 
 def _check_guidance(generator: Generator, kind: str) -> None:
-    """No pipeline of these has an interval; those of `UNet2DConditionModel` alone rescale, by the same formula."""
+    """None of these pipelines guides in an interval; only `UNet2DConditionModel`'s rescale, by the same formula."""
     if generator.guidance_scale == 1:
         return
     if generator.guidance_interval is not None:
@@ -115,7 +115,7 @@ def _pixels(generator: Generator, model: nn.Module, steps: int) -> Plan:
 
 
 def _without_null_label(model: nn.Module, num_classes: int) -> nn.Module:
-    """Students are sampled unguided, and the pipeline draws labels from the whole table where none are given."""
+    """The network without its null label: students are sampled unguided, and the pipeline draws from all labels."""
     state = model.state_dict()
     state["class_embedding.weight"] = state["class_embedding.weight"][:num_classes].clone()
     smaller = type(model).from_config({**model.config, "num_class_embeds": num_classes})
@@ -171,7 +171,7 @@ SELF_GUIDED = (
 
 
 def _self_guided(model: nn.Module) -> nn.Module:
-    """The same function with a guidance embedding of zeros: the pipeline's default of 7.5 then changes nothing."""
+    """The same network with a guidance embedding of zeros, so that the pipeline's default of 7.5 changes nothing."""
     if model.config.time_cond_proj_dim is not None:
         return model
     wider = type(model).from_config({**model.config, "time_cond_proj_dim": GUIDANCE_WIDTH})

@@ -386,7 +386,7 @@ def test_parquet_class_names_that_differ_are_named(tmp_path: Path):
     with pytest.raises(SettingsError, match=r"between train and test: \['bird', 'cow'\]"):
         Parquet(str(tmp_path))
     write(tmp_path / "test-00000-of-00001.parquet", [png(0)], [0], ("dog", "cat", "bird"))
-    with pytest.raises(SettingsError, match="the same names in other order"):
+    with pytest.raises(SettingsError, match="the same in another order"):
         Parquet(str(tmp_path))
 
 

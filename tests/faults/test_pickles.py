@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import visiondistill
-from visiondistill import recipes
+from visiondistill import recipe_files
 from visiondistill.cli import main
 from visiondistill.data import EmbeddedDigits
 from visiondistill.engine import state
@@ -271,7 +271,7 @@ def test_no_source_opens_what_could_run() -> None:
     calls = {str(path.relative_to(root)): unsafe(path.read_text()) for path in sources()}
     assert len(calls) > 100
     assert {(path, call.partition(": ")[2]) for path, found in calls.items() for call in found} == ALLOWED
-    assert all(issubclass(getattr(recipes, name), yaml.SafeLoader) for name in SAFE_LOADERS)
+    assert all(issubclass(getattr(recipe_files, name), yaml.SafeLoader) for name in SAFE_LOADERS)
 
 
 @pytest.mark.parametrize(

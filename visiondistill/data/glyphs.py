@@ -32,7 +32,7 @@ MISSING, DARKEST, NOISE = 0.05, 0.5, 0.15
 
 
 class Glyphs(Source):
-    """20x20 grey images of ten signs, centred to half a pixel; those to test on are shifted where that is asked.
+    """20x20 grey images of ten signs, centred to within half a pixel; test images can be shifted.
 
     Signs differ in brightness from image to image, a share of their cells is missing, and there is
     smooth noise. The images are a pure function of the arguments; training, validation and test
@@ -40,8 +40,8 @@ class Glyphs(Source):
 
     Args:
         train, val, test: numbers of images, the same for every class up to one.
-        test_shift: test images are shifted by whole pixels, uniform in [-test_shift, test_shift] to
-            the right and down, at most 6.
+        test_shift: test images are shifted to the right and down by whole pixels, uniform in
+            [-test_shift, test_shift]; at most 6.
         seed: which images.
     """
 
@@ -82,7 +82,7 @@ def glyphs(count: int, shift: int = 0, seed: int = 0) -> TensorData:
 
 
 def _nudged(sign: Tensor, generator: torch.Generator) -> Tensor:
-    """Within half a pixel, with a margin of one pixel: no image is sharper than a moved one for lying on the grid."""
+    """Signs moved by up to half a pixel, with a margin of one: on the grid they would be sharper than shifted ones."""
     padded = torch.nn.functional.pad(sign, (1, 1, 1, 1))
     maps = torch.eye(2, 3).repeat(len(sign), 1, 1)
     maps[:, :, 2] = (2 * torch.rand(len(sign), 2, generator=generator) - 1) / padded.shape[-1]

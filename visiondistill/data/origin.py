@@ -1,4 +1,4 @@
-"""Which image of the training set as it was given each image of a split is."""
+"""Where each image of a split stood in the training set as it was given."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Origin(NamedTuple):
-    """What answers that were stored once are kept by, whatever was carved off, pruned or left out since.
+    """By which stored answers find their images again, whatever was carved off, pruned or left out since.
 
     Attributes:
-        row: int64 `[N]`, each image's place in the whole set; files that cannot be read have one, too.
-        count: places of the whole set.
+        row: int64 `[N]`, each image's place in the whole set; files that cannot be read have places, too.
+        count: how many places the whole set has.
         digest: of all its images, in order; None where it is not known.
     """
 
@@ -25,16 +25,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, count: int, digests: Sequence[Any] | None = None, row: Tensor | None = None) -> Origin:
-        """Of the whole set.
+        """That of the whole set.
 
         Args:
-            count: its places.
+            count: how many places it has.
             digests: of its images, as in `Split`.
-            row: their places; by default every one has its image.
+            row: the images' places; by default every place has an image.
         """
         whole = None if digests is None else hashlib.sha256(repr(list(digests)).encode()).hexdigest()
         return cls(torch.arange(count) if row is None else row, count, whole)
 
     def select(self, rows: Tensor) -> Origin:
-        """Of some of the images, int64 `[M]`."""
+        """That of some of its images, int64 `[M]`."""
         return self._replace(row=self.row[rows])

@@ -13,7 +13,7 @@ from torch import Tensor
 from visiondistill.data.digits import Digits
 from visiondistill.data.pictures import every_row
 from visiondistill.data.samples import Samples, as_float_image, to_image
-from visiondistill.data.source import SPLITS, TRAIN, Source, Split
+from visiondistill.data.source import SPLITS, TRAIN, Source, Split, require_same_classes
 from visiondistill.data.tensors import TensorData
 from visiondistill.engine.errors import SettingsError
 
@@ -113,10 +113,8 @@ def shape_of(data: Any) -> tuple[int, int, int]:
 
 def _check_names(sets: Mapping[str, Any]) -> None:
     named = {split: list(data.classes) for split, data in sets.items() if getattr(data, "classes", None) is not None}
-    for split, names in named.items():
-        if TRAIN in named and names != named[TRAIN]:
-            differ = sorted(map(str, set(names) ^ set(named[TRAIN])))
-            raise SettingsError(f"classes differ between train and {split}: {differ or 'the same in another order'}")
+    if TRAIN in named:
+        require_same_classes({split: [str(name) for name in names] for split, names in named.items()})
 
 
 def _labels(data: Any) -> Tensor:

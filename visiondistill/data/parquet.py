@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visiondistill.data.encoded import EncodedSource, Reading
-from visiondistill.data.source import SPLITS, TRAIN
+from visiondistill.data.source import SPLITS, TRAIN, require_same_classes
 from visiondistill.data.views import Interpolation
 from visiondistill.engine.errors import SettingsError
 
@@ -32,9 +32,8 @@ class Parquet(EncodedSource):
     Splits are told by how file names begin: `train-00000-of-00005.parquet`, `validation-...`,
     `test-...`, in `root` or in `root/data`, or by their folder: `train/0000.parquet`; a single file is
     the training split. Files are read one row group at a time. Names of classes come from the schema's
-    `huggingface` metadata; a column of text gives its values in the order of code points, integers
-    without names are their own names.
-    All splits must have the same. A missing label is -1.
+    `huggingface` metadata; without that a column of text gives its values in the order of code points,
+    and integers are their own names. All splits must have the same names. A missing label is -1.
 
     Args:
         root: folder or file.
@@ -239,12 +238,7 @@ def _names(
     label: str,
 ) -> list[str]:
     """The names in label order, once all splits have the same."""
-    for split, names in schema.items():
-        if names != schema[TRAIN]:
-            missing = sorted(set(schema[TRAIN] or []) ^ set(names or []))
-            raise SettingsError(
-                f"classes differ between train and {split}: {missing or 'the same names in other order'}"
-            )
+    require_same_classes(schema)
     known = schema[TRAIN] or _values(columns, label)
     if given is None:
         return known
@@ -260,9 +254,7 @@ def _values(columns: Mapping[str, list[Any]], label: str) -> list[str]:
     seen = {split: {value for value in values if value is not None} for split, values in columns.items()}
     every = set().union(*seen.values())
     if all(isinstance(value, str) for value in every):
-        for split, values in seen.items():
-            if values != seen[TRAIN]:
-                raise SettingsError(f"classes differ between train and {split}: {sorted(values ^ seen[TRAIN])}")
+        require_same_classes({split: sorted(values) for split, values in seen.items()})
         return sorted(every)
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in every):
         raise SettingsError(f"column {label!r} must hold integers or text, got {type(next(iter(every))).__name__}")

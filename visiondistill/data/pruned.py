@@ -84,7 +84,7 @@ def stratified(label: Tensor, rank: Tensor, fraction: float) -> Tensor:
 
 @torch.no_grad()
 def el2n(network: nn.Module, data: Any, label: Tensor) -> Tensor:
-    """`|softmax(logits) - onehot(label)|` of every image, `[N]`; images without a label are as far as can be.
+    """`|softmax(logits) - onehot(label)|` of every image, `[N]`; 2, more than any other, for images without a label.
 
     Args:
         network: classifier of pixels in [0, 1]; used in eval mode, its modes are put back.

@@ -1,4 +1,4 @@
-"""Where data come from: three splits that never mix, the names of the classes, and an account of what was used."""
+"""Sources of data: three splits that never mix, the names of the classes, and an account of what was used."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class SplitAccount:
     Attributes:
         used: images that are read.
         skipped: images that were listed and cannot be read.
-        doubled: used images whose file is there already in this split; None where it is not known.
-        in_train: used images whose file is in the training split too; None where it is not known.
+        doubled: used images that are equal to an earlier one of this split; None where it is not known.
+        in_train: used images that are in the training split too; None where it is not known.
         per_class: used images of each class.
         unlabelled: used images without a label.
         carved: taken from the training images, because the set has no such split.
@@ -149,15 +149,15 @@ class Source:
 
     def train(self) -> Any:
         """Training images as an evaluation sees them; to train, take `stream`."""
-        return self._split(TRAIN)
+        return self.split(TRAIN).data
 
     def val(self) -> Any:
         """What choices are made by. Raises SettingsError where there is none."""
-        return self._split(VAL)
+        return self.split(VAL).data
 
     def test(self) -> Any:
         """To be read once, at the end. Raises SettingsError where there is none."""
-        return self._split(TEST)
+        return self.split(TEST).data
 
     @property
     def crop(self) -> dict[str, Any]:
@@ -171,14 +171,16 @@ class Source:
 
     def stream(self, batch_size: int, workers: int = 0, split: str = TRAIN) -> Stream:
         """Batches of a split, see `Stream`; training images are cut at random where the source does so, no others."""
-        data, facts = self._split(split), {"contents": self._contents(split), "origin": self._splits[split].origin}
+        chosen = self.split(split)
+        facts = {"contents": self._contents(split), "origin": chosen.origin}
         if split != TRAIN or self.train_view is None:
-            return Stream(data, batch_size, workers, **facts)
-        return Stream(data.as_stored(), batch_size, workers, self.train_view, **facts)
+            return Stream(chosen.data, batch_size, workers, **facts)
+        return Stream(chosen.data.as_stored(), batch_size, workers, self.train_view, **facts)
 
     def split(self, name: str) -> Split:
         """A split with its labels, as it is held. Raises SettingsError where there is none."""
-        self._split(name)
+        if name not in self._splits:
+            raise SettingsError(f"there is no {name} split, and {name}_fraction=0 carves none from the training images")
         return self._splits[name]
 
     def describe(self) -> Account:
@@ -193,7 +195,7 @@ class Source:
         )
 
     def _contents(self, name: str) -> str:
-        """Of what decides the images and labels of a split, where that is known."""
+        """A digest of what decides the images and labels of a split, as far as that is known."""
         split = self._splits[name]
         digest = hashlib.sha256(repr((self.classes, self.input_size, self._how)).encode())
         digest.update(split.label.cpu().numpy().tobytes())
@@ -205,11 +207,6 @@ class Source:
     def _how(self) -> str:
         """How images are read, where the source says."""
         return ""
-
-    def _split(self, name: str) -> Any:
-        if name not in self._splits:
-            raise SettingsError(f"there is no {name} split, and {name}_fraction=0 carves none from the training images")
-        return self._splits[name].data
 
     def _check(self, given: Mapping[str, Split]) -> None:
         if not self.classes or len(set(self.classes)) < len(self.classes):
@@ -256,6 +253,24 @@ class Source:
             unlabelled=int((split.label < 0).sum()),
             carved=name in self._carved,
         )
+
+
+def require_same_classes(named: Mapping[str, Sequence[str] | None]) -> None:
+    """Check that every split has the names of the training classes, in the same order.
+
+    Raises:
+        SettingsError: one has not; the message lists the names that only one of the two has.
+    """
+    for split, names in named.items():
+        if names != named[TRAIN]:
+            differ = sorted(set(named[TRAIN] or ()) ^ set(names or ()))
+            raise SettingsError(f"classes differ between train and {split}: {differ or 'the same in another order'}")
+
+
+def require_train(splits: Mapping[str, str]) -> None:
+    """Raises SettingsError unless `splits` names train, and nothing but val and test besides."""
+    if TRAIN not in splits or set(splits) - set(SPLITS):
+        raise SettingsError(f"splits must name train, and may name val and test, got {dict(splits)}")
 
 
 def _placed(train: Split) -> Split:

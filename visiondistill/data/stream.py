@@ -42,7 +42,7 @@ class Stream:
         labelled_fraction: share of samples that have a label. None reads it from the data (its
             labels in memory, or `targets`), and takes 1 where that is impossible.
         contents: a digest of images and labels, where it is known: a resumed run must have the same.
-        origin: where the samples are in the training set as it was given; None for each in its place.
+        origin: where the samples stood in the training set as it was given; None: each in its own row.
 
     Raises:
         ValueError: an empty set, batch_size < 1, workers < 0, or a fraction outside (0, 1].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visiondistill.data.encoded import EncodedSource, Reading
-from visiondistill.data.source import SPLITS, TRAIN
+from visiondistill.data.source import TRAIN, require_same_classes, require_train
 from visiondistill.data.views import Interpolation
 from visiondistill.engine.errors import SettingsError
 
@@ -57,19 +57,13 @@ class TimmData(EncodedSource):
     ) -> None:
         reading = Reading(size, channels, crop_pct, interpolation, random_crop, flip, in_memory, max_bad_fraction)
         splits = {"train": "train", "val": "validation"} if splits is None else splits
-        if TRAIN not in splits or set(splits) - set(SPLITS):
-            raise SettingsError(f"splits must name train, and may val and test, got {dict(splits)}")
+        require_train(splits)
         files = {split: TimmFiles(_reader(name, root, of, options or {})) for split, of in splits.items()}
         _check_apart(files, splits)
-        names = files[TRAIN].classes()
-        for split, each in files.items():
-            if each.classes() != names:
-                differ = sorted(set(names) ^ set(each.classes()))
-                raise SettingsError(
-                    f"classes differ between train and {split}: {differ or 'the same in another order'}"
-                )
+        named = {split: each.classes() for split, each in files.items()}
+        require_same_classes(named)
         labels = {split: each.labels() for split, each in files.items()}
-        super().__init__(files, labels, names, reading, val_fraction, test_fraction, split_seed)
+        super().__init__(files, labels, named[TRAIN], reading, val_fraction, test_fraction, split_seed)
 
 
 class TimmFiles:

@@ -8,7 +8,7 @@ from typing import Any
 
 from visiondistill.data.encoded import MEMORY_BYTES
 from visiondistill.data.own import names_of, shape_of, split_of
-from visiondistill.data.source import SPLITS, TRAIN, Source
+from visiondistill.data.source import SPLITS, TRAIN, Source, require_train
 from visiondistill.engine.errors import SettingsError
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -48,7 +48,7 @@ class Torchvision(Source):
         test_fraction: float = 0.1,
         split_seed: int = 0,
     ) -> None:
-        make = _maker(name, {"root": root, "download": download, "transform": transform} | (options or {}))
+        make = _Maker(name, {"root": root, "download": download, "transform": transform} | (options or {}))
         sets = _sets(name, make, splits)
         held = _fits_memory(sets) if in_memory is None else in_memory
         made = {split: split_of(data, held) for split, data in sets.items()}
@@ -56,44 +56,53 @@ class Torchvision(Source):
         super().__init__(made, names_of(sets[TRAIN], made), size, val_fraction, test_fraction, split_seed)
 
 
-def _maker(name: str, arguments: dict[str, Any]) -> Callable[[str], Any]:
-    """From a split's name at torchvision to the data set; sets without splits are all 'train'."""
-    from torchvision import datasets
+class _Maker:
+    """One of torchvision's classes: called with the name that it has for a split, it gives the data set.
 
-    kind = getattr(datasets, name, None)
-    if not inspect.isclass(kind):
-        raise SettingsError(f"torchvision.datasets has no {name!r}; there are {', '.join(sorted(datasets.__all__))}")
-    parameters = inspect.signature(kind).parameters
-    # The families of MNIST and ImageNet hide arguments behind **kwargs.
-    two = "train" in parameters or issubclass(kind, datasets.MNIST)
-    if "download" not in parameters and not issubclass(kind, datasets.MNIST):
-        arguments = {key: value for key, value in arguments.items() if key != "download"}
+    A set without splits is all "train".
 
-    def make(split: str) -> Any:
-        if two:
-            if split not in ("train", "test"):
-                raise _UnknownSplit(f"{name} has 'train' and 'test', no {split!r}")
-            return kind(**arguments, train=split == "train")
-        if "split" not in parameters or "split" in arguments:
-            if split != "train":
-                raise _UnknownSplit(f"{name} has no splits, so no {split!r}")
-            return kind(**arguments)
-        return kind(**arguments, split=split)
+    Raises:
+        SettingsError: no such class; when called, files that are not there, or unfitting options.
+        _UnknownSplit: when called: the class has no such split.
+    """
 
-    def asked(split: str) -> Any:
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        from torchvision import datasets
+
+        self.name, self.kind = name, getattr(datasets, name, None)
+        if not inspect.isclass(self.kind):
+            known = ", ".join(sorted(datasets.__all__))
+            raise SettingsError(f"torchvision.datasets has no {name!r}; there are {known}")
+        # The families of MNIST and ImageNet hide arguments behind **kwargs.
+        hides, self.parameters = issubclass(self.kind, datasets.MNIST), inspect.signature(self.kind).parameters
+        self.has_two = "train" in self.parameters or hides
+        downloads = "download" in self.parameters or hides
+        self.arguments = {key: value for key, value in arguments.items() if key != "download" or downloads}
+
+    def __call__(self, split: str) -> Any:
         try:
-            return make(split)
+            return self.kind(**self.arguments, **self._chosen(split))
         except ValueError as error:
             if "Valid values" not in str(error) and "Unknown" not in str(error):
                 raise
             raise _UnknownSplit(str(error)) from error
         except (RuntimeError, FileNotFoundError) as error:
             cure = "give the folder that holds its files, or download=True"
-            raise SettingsError(f"{name} in root={arguments['root']!r}: {error}; {cure}") from error
+            raise SettingsError(f"{self.name} in root={self.arguments['root']!r}: {error}; {cure}") from error
         except TypeError as error:
-            raise SettingsError(f"options of {name}: {error}") from error
+            raise SettingsError(f"options of {self.name}: {error}") from error
 
-    return asked
+    def _chosen(self, split: str) -> dict[str, Any]:
+        """The argument by which the class is asked for a split."""
+        if self.has_two:
+            if split not in ("train", "test"):
+                raise _UnknownSplit(f"{self.name} has 'train' and 'test', no {split!r}")
+            return {"train": split == "train"}
+        if "split" in self.parameters and "split" not in self.arguments:
+            return {"split": split}
+        if split != "train":
+            raise _UnknownSplit(f"{self.name} has no splits, so no {split!r}")
+        return {}
 
 
 class _UnknownSplit(Exception):
@@ -102,8 +111,7 @@ class _UnknownSplit(Exception):
 
 def _sets(name: str, make: Callable[[str], Any], splits: Mapping[str, str] | None) -> dict[str, Any]:
     if splits is not None:
-        if TRAIN not in splits or set(splits) - set(SPLITS):
-            raise SettingsError(f"splits must name train, and may val and test, got {dict(splits)}")
+        require_train(splits)
         try:
             return {split: make(splits[split]) for split in SPLITS if split in splits}
         except _UnknownSplit as error:

@@ -25,11 +25,11 @@ def process_index() -> int:
 
 
 class _Collective(torch.autograd.Function):
-    """One that `torch.func` transforms may go through, its backward pass included: that is made of these too."""
+    """A linear collective that `torch.func` may transform, its backward pass too: that consists of others like it."""
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Nothing to keep: all are linear."""
+        """Keep nothing: a linear function's gradient does not depend on its input."""
 
 
 class _Sum(_Collective):

@@ -1,4 +1,4 @@
-"""All that a stage is made of and that a checkpoint holds: players, optimisers, averages, state."""
+"""What a stage is made of and its checkpoints hold: players, optimisers, averages, state."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Assembly:
         }
 
     def pack(self) -> tuple[Tensors, dict[str, Any]]:
-        """Tensors by file, and the optimisers' numbers."""
+        """Tensors by file name and key, and each player's optimiser state that is not tensors."""
         tensors: Tensors = {"weights": self.state, "optimizers": {}, "averages": {}, "scales": {}}
         numbers = {}
         for name, player in self.players.items():
@@ -185,20 +185,21 @@ def _check_turns(turns: tuple[Turn, ...], players: Mapping[str, Player], stage: 
 
 
 def _plain(thing: object) -> dict[str, Any]:
-    """What a module or stream was told, as plain data: all its public attributes that can be that.
+    """The settings of a module or stream: its public attributes, as far as they are plain data.
 
-    A class may list in `PROVENANCE` attributes that say where it comes from rather than what it is:
-    weights are compared by value.
+    A class may list in `PROVENANCE` the attributes that say where it comes from rather than what it
+    is; they are left out, as weights are compared by value.
     """
     told, left_out = {}, getattr(thing, "PROVENANCE", ())
     for name, value in sorted(vars(thing).items()):
-        if _counts(name) and name not in left_out and not isinstance(value, nn.Module):
+        if _decides(name) and name not in left_out and not isinstance(value, nn.Module):
             with suppress(TypeError):
                 told[name] = _data(value)
     return told
 
 
-def _counts(attribute: str) -> bool:
+def _decides(attribute: str) -> bool:
+    """Whether an attribute can change the result, by its name."""
     # Counters and caches are private by convention, `workers` cannot change a batch, streams are described apart.
     return attribute[0] != "_" and attribute not in ("training", "workers", "streams")
 
@@ -216,7 +217,7 @@ def _data(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_data(entry) for entry in value]
     if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor | Callable):
-        return {name: _data(entry) for name, entry in vars(value).items() if _counts(name)}
+        return {name: _data(entry) for name, entry in vars(value).items() if _decides(name)}
     raise TypeError(type(value).__name__)
 
 

@@ -83,7 +83,11 @@ class Store:
 
     @staticmethod
     def require_free(run: Run) -> None:
-        """Raises ResumeError where the folder is in use and `resume` does not say what to do with it."""
+        """Check that the run folder is new, or that `resume` says what to do with what is there.
+
+        Raises:
+            ResumeError: it is in use and `resume` is "none".
+        """
         folder = Path(run.output_dir)
         used = [name for name in ("checkpoints", "metrics.jsonl") if (folder / name).exists()]
         if run.resume == "none" and used:
@@ -93,7 +97,7 @@ class Store:
             )
 
     def describe(self, config: str | None) -> None:
-        """Make the folder; keep where the run takes place, its recipe, and the stages that it goes on from.
+        """Make the folder and write into it the environment, the recipe, and the finished stages of a continued run.
 
         Raises:
             SettingsError: nothing can be written there.
@@ -124,34 +128,33 @@ class Store:
         Raises:
             ResumeError: a path was named and there is no whole checkpoint.
         """
-        if self.run.resume == "none":
-            return None
-        if self.run.resume == "auto":
-            folder = state.newest(self.checkpoints)
-            return Checkpoint.read(folder) if folder is not None else None
-        return Checkpoint.read(checkpoint_in(Path(self.run.resume)))
+        folder = _continued(self.run)
+        return None if folder is None else Checkpoint.read(folder)
 
     @staticmethod
     def earlier(run: Run) -> dict[str, Any] | None:
-        """Settings of the run that `run` continues, if it continues one; damage is for `find` to report."""
-        if run.resume == "none":
-            return None
-        if run.resume == "auto":
-            folder = state.newest(Path(run.output_dir) / "checkpoints")
-        else:
-            folder = checkpoint_in(Path(run.resume))
+        """Settings of the run that `run` continues; None where it continues none."""
+        folder = _continued(run)
         return None if folder is None else json.loads((folder / state.META).read_text())["run"]
 
     def restore(self, index: int, assembly: Assembly, checkpoint: Checkpoint | None, final: bool) -> int:
-        """Bring stage `index`, the `final` one or not, to where the run stood; returns the first step to play."""
+        """Bring a stage to where the run stood.
+
+        Args:
+            index: of the stage.
+            checkpoint: of the run that is continued; None starts anew.
+            final: whether the stage is the last one.
+
+        Returns:
+            The first step to play.
+        """
         if checkpoint is None or index > checkpoint.meta["stage"]:
             if index == 0 and self.run.init_from is not None:
                 source = Checkpoint.read(checkpoint_in(Path(self.run.init_from)))
                 assembly.load_weights(source.tensors.get("weights", {}))
             assembly.method.setup(assembly.method.streams)
             return 0
-        if index < checkpoint.meta["stage"]:
-            checkpoint = checkpoint.of_stage(index, assembly.stage)
+        checkpoint = checkpoint.of_stage(index, assembly.stage)
         _check_same_run(assembly, checkpoint, self.run, self.world)
         step = checkpoint.meta["step"]
         assembly.unpack(checkpoint.tensors, checkpoint.meta["numbers"])
@@ -161,7 +164,7 @@ class Store:
         return step
 
     def save(self, index: int, assembly: Assembly, step: int, global_step: int, block: int, final: bool) -> None:
-        """Write the checkpoint of a step, and of a finished stage that others follow; then clean up."""
+        """Write the checkpoint of a step, and that of a finished stage unless it is the final one; then clean up."""
         if self.world.first:
             tensors, numbers = assembly.pack()
             meta = {
@@ -213,13 +216,12 @@ def checkpoint_in(path: Path) -> Path:
 def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
     """The networks of a checkpoint, with no step played and nothing written.
 
-    The way is that of `train`: stages are built in order, each is handed what the one before made,
-    and each gets the tensors of its own checkpoint, strictly, after its settings and the weights of
-    its rebuilt (frozen) networks were compared with those of then. An `Assembly` is made for it, optimisers
-    and all, because it alone knows which tensors a checkpoint holds and what the average follows;
-    a shorter way would be a second opinion on that. What cannot change a weight any more may
-    differ: the device, the data, where a teacher's file lies, the settings of `run`, except that
-    it is `run` which says whether there is an average.
+    As in `train`, stages are built in order, each is handed what the one before made, and each gets
+    the tensors of its own checkpoint, strictly, once its settings and its frozen networks' weights
+    have been compared with those that were saved. Each gets an `Assembly`, optimisers included: it
+    alone knows which tensors a checkpoint holds and what the average follows. What can no longer
+    change a weight may differ: the device, the data, where a teacher's file lies, and the settings
+    of `run` but for `ema_decay`, which says whether there is an average.
 
     Args:
         folder: of the checkpoint, see `checkpoint_in`.
@@ -232,7 +234,7 @@ def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
     if last >= len(stages):
         raise ResumeError(f"{folder} is of stage {last + 1}, but there are {len(stages)} stages: it is of another run")
     for index, stage in enumerate(stages[: last + 1]):
-        method = stage.method if isinstance(stage.method, Method) else stage.method(handover)
+        method = stage.build(handover)
         assembly = Assembly(stage, method, run, World(torch.device("cpu")), kept)
         own = checkpoint.of_stage(index, stage)
         changes = _changes(assembly, own, {}, _without_sources)
@@ -257,6 +259,15 @@ def stage_name(index: int, stage: Stage) -> str:
     return f"stage_{index}_{stage.name}"
 
 
+def _continued(run: Run) -> Path | None:
+    """The folder of the checkpoint that a run continues, if it continues one."""
+    if run.resume == "none":
+        return None
+    if run.resume == "auto":
+        return state.newest(Path(run.output_dir) / "checkpoints")
+    return checkpoint_in(Path(run.resume))
+
+
 def _check_same_run(assembly: Assembly, checkpoint: Checkpoint, run: Run, world: World) -> None:
     meta = checkpoint.meta
     settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in (*Run.MAY_DIFFER, *Run.ROUNDING)}
@@ -278,13 +289,18 @@ def _changes(
     assembly: Assembly,
     checkpoint: Checkpoint,
     settings: Mapping[str, Any],
-    of: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    compared: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> list[str]:
-    """What is not as it was: of the stage (`of` its description) and of these settings."""
+    """What differs from the checkpoint, a line each: run settings, the stage's description, frozen weights.
+
+    Args:
+        settings: of the run, those that are compared.
+        compared: the part of a stage's description that is compared; by default all of it.
+    """
     meta, now = checkpoint.meta, json.loads(json.dumps(assembly.describe()))
     changes = _differences(
-        {"run": {k: meta["run"].get(k) for k in settings}, "stage": of(meta["method"])},
-        {"run": settings, "stage": of(now)},
+        {"run": {k: meta["run"].get(k) for k in settings}, "stage": compared(meta["method"])},
+        {"run": settings, "stage": compared(now)},
     )
     if not changes and meta["rebuilt"] != assembly.fingerprint():
         changes = ["the frozen networks (teacher, base of adapters) hold other weights"]
@@ -292,9 +308,8 @@ def _changes(
 
 
 def _without_sources(description: dict[str, Any]) -> dict[str, Any]:
-    """A stage's description without what it learned from, which may lie elsewhere by now."""
-    told = description["hyperparameters"]
-    kept = {name: own for name, own in told.items() if not name.startswith("frozen.")}
+    """A stage's description without its data and frozen networks, whose files may lie elsewhere by now."""
+    kept = {name: own for name, own in description["hyperparameters"].items() if not name.startswith("frozen.")}
     return {**description, "streams": {}, "hyperparameters": kept}
 
 

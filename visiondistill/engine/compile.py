@@ -12,7 +12,7 @@ from visiondistill.engine.settings import Run
 
 
 def compiler_settings() -> AbstractContextManager[None]:
-    """What turns need of the compiler, for the length of a run."""
+    """Context manager: the compiler settings that turns need, for the length of a run."""
     import torch._dynamo  # takes seconds, and only a compiled run needs it
     import torch._functorch.config
 

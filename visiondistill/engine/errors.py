@@ -1,4 +1,4 @@
-"""What ends a run, each with the exit code that the command line returns."""
+"""The errors that end a run, each with the exit code that the command line returns."""
 
 from __future__ import annotations
 

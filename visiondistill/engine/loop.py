@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,8 @@ from visiondistill.engine.compile import FrozenCompiled, compiler_settings
 from visiondistill.engine.errors import NonFinite, SettingsError
 from visiondistill.engine.launch import World, launch, repeatable
 from visiondistill.engine.memory import memory_advice
-from visiondistill.engine.method import Method
-from visiondistill.engine.proof import Proof, Report
+from visiondistill.engine.method import Method, Terms
+from visiondistill.engine.proof import Proof, Verdict
 from visiondistill.engine.report import Reports
 from visiondistill.engine.rng import key
 from visiondistill.engine.settings import Run, Stage
@@ -38,10 +38,10 @@ from visiondistill.engine.step import Context, Step
 from visiondistill.engine.track import Tracker
 
 Watch = Callable[[nn.Module, int], Mapping[str, float]]
-"""Looks at the product as it stands (a copy in eval mode, averaged where an average is kept) after so many steps
-of the run; gives figures by name.
+"""`watch(product, step) -> {name: figure}`: looks at the product after `step` steps of the run.
 
-Every process calls it, and what the first one gives is logged. Nothing that it does reaches the training.
+The product is a copy in eval mode, with averaged weights where an average is kept, so that nothing
+that is done to it reaches the training. Every process calls the watch; the first one's figures are logged.
 """
 
 
@@ -55,7 +55,7 @@ class Result:
         history: the lines of metrics.jsonl; "<turn>/<term>" are means over a window of steps.
         output_dir: the run folder.
         step: steps done, over all stages.
-        reason: "finished", or the name of the signal that ended the run ("SIGTERM").
+        reason: "finished", or the name of the signal that asked for an end ("SIGTERM").
         proofs: the proof of learning of each stage whose window was filled.
         method: the last stage's method.
     """
@@ -66,7 +66,7 @@ class Result:
     output_dir: Path
     step: int
     reason: str
-    proofs: dict[str, Report]
+    proofs: dict[str, Verdict]
     method: Method
 
 
@@ -106,7 +106,7 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: W
 
         result = _Session(stages, run, world, store, signals, begin, watch).play(checkpoint)
     if world.any(signals.received is not None):
-        # Also where all steps were done by then: who asks for the end does not want an evaluation to follow.
+        # Whether or not all steps were done by then: who asks for an end does not want an evaluation to follow.
         result.reason = signal.Signals(signals.received or signal.SIGTERM).name
     return result
 
@@ -129,13 +129,14 @@ class _Session:
         self.watch = watch if run.evaluate_every else None
         self.kept = Kept()
         self.stopped = False
-        self.proofs: dict[str, Report] = {}
+        self.proofs: dict[str, Verdict] = {}
 
     def play(self, checkpoint: Checkpoint | None) -> Result:
+        """Play the stages, up to a signal if one comes; `train` then notes it as the result's reason."""
         handover: Any = None
         before = step = 0
         for index, stage in enumerate(self.stages):
-            method = stage.method if isinstance(stage.method, Method) else stage.method(handover)
+            method = stage.build(handover)
             # Steps count from 0 in every stage, noise and batches must not.
             run = replace(self.run, seed=key(self.run.seed, "stage", index)) if index else self.run
             assembly = Assembly(stage, method, run, self.world, self.kept)
@@ -155,14 +156,13 @@ class _Session:
             if step < stage.steps or (self.stopped and stage is not self.stages[-1]):
                 break
             handover = method.handover()
-        finished = before == sum(stage.steps for stage in self.stages)
         return Result(
             product=method.presented(method.product()),
             ema=method.presented(assembly.ema.module()) if assembly.ema is not None else None,
             history=self.tracker.history,
             output_dir=self.store.folder,
             step=before,
-            reason="finished" if finished else signal.Signals(self.signals.received or signal.SIGTERM).name,
+            reason="finished",
             proofs=self.proofs,
             method=method,
         )
@@ -187,12 +187,12 @@ class _Session:
                 proof = update.context.proof = None
             looks = self.watch is not None and (done == stage.steps or done % run.evaluate_every == 0)
             polls = looks or done == stage.steps or done % run.log_every == 0
-            figures = self._look(assembly, update, shares, before + done) if looks else {}
+            figures = self._look(update, before + done) if looks else {}
             stops = self._stops(polls)
             if polls or stops:
-                tracker.log(before + done, stage.name, self._read(assembly, update, shares) | figures)
+                tracker.log(before + done, stage.name, self._read(update) | figures)
             if done == stage.steps or stops or (before + done) % run.checkpoint_every == 0:
-                self._check_finite(assembly, update, shares)
+                self._check_finite(update)
                 if done == stage.steps and first == 0:
                     update.require_updates()
                 self.store.save(index, assembly, done, before + done, shares.block, final=index == len(self.stages) - 1)
@@ -232,9 +232,9 @@ class _Session:
             self.stopped = self.world.any(self.signals.received is not None)
         return self.stopped
 
-    def _look(self, assembly: Assembly, update: Step, shares: Shares, step: int) -> dict[str, float]:
-        self._check_finite(assembly, update, shares)
-        started = perf_counter()
+    def _look(self, update: Step, step: int) -> dict[str, float]:
+        self._check_finite(update)
+        started, assembly = perf_counter(), update.context.assembly
         # A copy, so that a watch can leave modes, gradients and weights as it likes; generators are seeded by step.
         product = copy.deepcopy(assembly.method.product()).eval() if assembly.ema is None else assembly.ema.module()
         with torch.no_grad():
@@ -242,7 +242,7 @@ class _Session:
         self.tracker.paused(perf_counter() - started)
         return figures
 
-    def _read(self, assembly: Assembly, update: Step, shares: Shares) -> dict[str, float]:
+    def _read(self, update: Step) -> dict[str, float]:
         """Mean terms since the last reading: the one place where the host waits for the device."""
         guard, played = update.context.guard, update.played
         tensors = [value.reshape(()) for _, _, terms in played for value in terms.values()]
@@ -251,28 +251,29 @@ class _Session:
             dist.all_reduce(values)
             values /= self.world.size
         *flat, refused = values.tolist()
-        self._check_finite(assembly, update, shares, refused)
-        sums: dict[str, list[float]] = {}
+        self._check_finite(update, refused)
+        found: dict[str, list[float]] = {}
         numbers = iter(flat)
         for _, turn, terms in played:
             for name in terms:
-                sums.setdefault(f"{turn}/{name}", []).append(next(numbers))
+                found.setdefault(f"{turn}/{name}", []).append(next(numbers))
         played.clear()
         # The highest: layers below the head may have lower ones.
-        groups = {name: player.optimizer.param_groups for name, player in assembly.players.items()}
+        groups = {name: player.optimizer.param_groups for name, player in update.context.players.items()}
         rates = {f"lr/{name}": max(group["lr"] for group in own) for name, own in groups.items()}
-        return {name: sum(found) / len(found) for name, found in sums.items()} | rates
+        return {name: sum(values) / len(values) for name, values in found.items()} | rates
 
-    def _check_finite(self, assembly: Assembly, update: Step, shares: Shares, refused: float | None = None) -> None:
+    def _check_finite(self, update: Step, refused: float | None = None) -> None:
+        """Raises NonFinite where turns were refused; `refused` is their number if it has been read already."""
         refused = update.context.guard.refused.item() if refused is None else refused
         if refused:
-            self._fail(assembly, shares, update.played[-min(round(refused), len(update.played))])
+            self._fail(update, *update.played[-min(round(refused), len(update.played))])
 
-    def _fail(self, assembly: Assembly, shares: Shares, play: tuple[int, str, dict[str, torch.Tensor]]) -> None:
-        step, turn, terms = play
+    def _fail(self, update: Step, step: int, turn: str, terms: Terms) -> NoReturn:
+        """Keep a replay bundle of a refused turn's step, and raise NonFinite with what was not finite in it."""
+        assembly, shares = update.context.assembly, update.shares
         method, run = assembly.method, assembly.run
-        feed = shares.feed(step)
-        batches = next(feed)
+        batches = next(shares.feed(step))
         assembly.release()
         meta = {
             "step": step,

@@ -1,4 +1,4 @@
-"""An allocation that failed, told with the settings that take less."""
+"""What to change when memory runs out: the error of a failed allocation, with the settings that take less."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAID = (
 
 @contextmanager
 def memory_advice(run: Run, stages: Sequence[Stage]) -> Iterator[None]:
-    """Give an allocation that fails within an error which names settings, with their values, that take less.
+    """Turn a failed allocation in the block into an error that names the settings that take less, and their values.
 
     Raises:
         OutOfMemory: in place of what torch or Python raises.
@@ -35,7 +35,7 @@ def memory_advice(run: Run, stages: Sequence[Stage]) -> Iterator[None]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         lines = [f"out of memory: {first}", "What takes less, from the mildest on:"]
         lines += [f"  - {line}" for line in advice(run, stages)]
-        raise OutOfMemory("\n".join([*lines, _whole(run)])) from error
+        raise OutOfMemory("\n".join([*lines, _last_checkpoint(run)])) from error
 
 
 def failed_allocation(error: BaseException) -> bool:
@@ -71,13 +71,13 @@ def _rows(run: Run) -> int:
 
 
 def _finer(run: Run) -> int | None:
-    """Into how many parts each micro-batch can be cut, in a run that goes on too (whose noise has its blocks)."""
+    """The fewest parts into which each micro-batch can be cut; also for a continued run, whose noise block stays."""
     rows = _rows(run)
     block = noise_block([rows], run.noise_block)
     return next((n for n in range(2, rows + 1) if rows % n == 0 and rows // n % block == 0), None)
 
 
-def _whole(run: Run) -> str:
+def _last_checkpoint(run: Run) -> str:
     found = sorted((Path(run.output_dir) / "checkpoints").glob("step_*"))
     if not found:
         return "No checkpoint had been written yet."

@@ -61,8 +61,8 @@ class Turn:
             replaces the sum of the terms. The group of a term is its name up to the first "/".
         compile: False where the loss cannot become one graph (say why in the method).
         accumulate: False for losses that are not a mean over rows (bilevel, gradient matching):
-            the process's share of the batch is then prepared once more, whole. So too for losses
-            between rows: `gather_across` joins processes, not micro-batches.
+            the process's share of the batch is then prepared once more, whole. False also for
+            losses between rows: `gather_across` joins processes, not micro-batches.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Frozen(nn.ModuleDict):
 
 
 class Method(nn.Module):
-    """Base class of every training method; see the module's docstring and `Turn`.
+    """Base class of every training method; see the top of this module and `Turn`.
 
     Set `players`, and where needed `frozen` and `streams`, in the constructor; override `turns`
     and, as needed, the hooks below. Buffers registered on the method are its state (memory banks,
@@ -173,7 +173,7 @@ class Method(nn.Module):
         return next(iter(self.players.values()))
 
     def presented(self, network: nn.Module) -> nn.Module:
-        """What a look and the run's result get in place of the product, or of its average: by default itself."""
+        """What `watch` and `Result` get for the product, or for its average: by default that network itself."""
         return network
 
     def handover(self) -> Any:

@@ -33,7 +33,7 @@ class Player:
             group["lr"] = settings.lr * group.get("lr_scale", 1.0)
         self.scheduler = build_scheduler(self.optimizer, settings, steps)
         self.gated = is_gated(self.optimizer)
-        self.modes = _modes(module)
+        self.train_modes, self.eval_modes = _modes(module)
 
     def schedule(self, step: int) -> None:
         if self.scheduler is not None:
@@ -44,7 +44,7 @@ class Player:
 
 
 class Buffers:
-    """The players' running statistics, flat, so that a refused update costs two copies, not two per layer."""
+    """The players' running statistics, flattened by type, so that undoing them takes two copies, not two a layer."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         found: dict[int, tuple[nn.Module, str, Tensor]] = {}
@@ -68,8 +68,8 @@ class Buffers:
 
         Args:
             hold: 0-d, 1 where the update is refused.
-            shared: take the first process's, as DDP does. A checkpoint holds no other, and a player
-                that another turn or stage reads in eval mode must be one network.
+            shared: all processes take the first one's statistics, as under DDP: a checkpoint holds no
+                others, and a player that is read in eval mode must be the same network everywhere.
         """
         if self.live:
             held = hold.bool()
@@ -102,7 +102,8 @@ def _flatten(entries: Sequence[tuple[nn.Module, str, Tensor]]) -> Tensor:
 
 
 def _modes(module: nn.Module) -> tuple[list[tuple[dict, bool]], list[tuple[dict, bool]]]:
-    # `train()` is asked once what it would set (networks override it); later flips walk the answer.
+    """What `train()` and `eval()` set: (attributes of a submodule, their `training`) for every submodule."""
+    # Asked once, because networks override `train()`; later flips walk the answer.
     module.eval()
     still = [(part.__dict__, part.training) for part in module.modules()]
     module.train()

@@ -1,9 +1,8 @@
-"""Proof of learning: over the first executions of every turn, who really learns from what.
+"""Proof of learning: which player really learns from which term, over the first executions of every turn.
 
 Most failures of distillation software are silent: a term that reaches nobody, a teacher that
-moves, an average that never follows. Gradients of each term are taken on their own (walking the
-graph would overstate their reach once it is compiled), their maxima kept on the device and read
-once.
+moves, an average that never follows. The gradient of each term is taken on its own (the graph
+itself, once compiled, would seem to reach more); the maxima stay on the device and are read once.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from visiondistill.engine.players import Player
 
 
 @dataclass
-class Report:
-    """The verdict of a proof that held.
+class Verdict:
+    """What a successful proof found.
 
     Attributes:
         reached: "turn/term" -> players that it sent a gradient to.
@@ -84,13 +83,13 @@ class Proof:
                     _keep(self.gradients, (turn.name, name, player.name), torch.stack(largest).max())
 
     def settled(self, turn: Turn, hold: Tensor, average: bool) -> None:
-        """Note whether the update happened (`hold` 0), and whether the average is told of it."""
+        """Note whether the update happened (`hold` is 0), and follow it if the `average` does."""
         happened = 1 - hold
         self.updates[turn.name] = self.updates[turn.name] + happened if turn.name in self.updates else happened
         if average and self.twin is not None:
             self.twin.follow(hold)
 
-    def judge(self) -> Report:
+    def judge(self) -> Verdict:
         """Read everything once and decide.
 
         Raises:
@@ -99,20 +98,20 @@ class Proof:
         """
         gradients, values = _read(self.gradients), _read(self.values)
         updates = _read({(name,): count for name, count in self.updates.items()})
-        report = Report(declined=sorted(name for (name,), count in updates.items() if count == 0))
-        faults = self._judge_terms(gradients, values, report) + self._judge_movers(gradients, report)
+        verdict = Verdict(declined=sorted(name for (name,), count in updates.items() if count == 0))
+        faults = self._judge_terms(gradients, values, verdict) + self._judge_movers(gradients, verdict)
         if not torch.equal(checksum(self.frozen.state_dict().values()), self.frozen_before):
             faults.append(f"a frozen network moved: {list(self.frozen)} must stay as they were loaded")
         if self.twin is not None and not self.twin.agrees():
             faults.append("the moving average does not follow its closed form")
         if faults:
             raise NotLearning("proof of learning failed:\n  - " + "\n  - ".join(faults))
-        for text in report.warnings:
+        for text in verdict.warnings:
             warnings.warn(text, stacklevel=2)
-        return report
+        return verdict
 
     def _judge_terms(
-        self, gradients: dict[tuple[str, ...], float], values: dict[tuple[str, ...], float], report: Report
+        self, gradients: dict[tuple[str, ...], float], values: dict[tuple[str, ...], float], verdict: Verdict
     ) -> list[str]:
         faults = []
         moves = {turn.name: turn.moves for turn in self.turns}
@@ -120,11 +119,13 @@ class Proof:
             reached = [player for player in moves[turn] if gradients.get((turn, term, player), 0.0) != 0.0]
             label = f"{turn}/{term}"
             if reached:
-                report.reached[label] = reached
+                verdict.reached[label] = reached
                 if self.product_players & set(moves[turn]) and not self.product_players & set(reached):
-                    report.warnings.append(f"term '{label}' reaches only {reached}, not the player that is the product")
+                    verdict.warnings.append(
+                        f"term '{label}' reaches only {reached}, not the player that is the product"
+                    )
             elif value == 0.0:
-                report.waiting.append(label)
+                verdict.waiting.append(label)
             else:
                 faults.append(
                     f"term '{label}' (largest value {value:.3g}) sent no gradient to any of {list(moves[turn])} "
@@ -132,17 +133,17 @@ class Proof:
                 )
         return faults
 
-    def _judge_movers(self, gradients: dict[tuple[str, ...], float], report: Report) -> list[str]:
+    def _judge_movers(self, gradients: dict[tuple[str, ...], float], verdict: Verdict) -> list[str]:
         faults = []
         for name, player in self.players.items():
             turns = {turn.name for turn in self.turns if name in turn.moves}
             if not turns:
                 faults.append(f"player '{name}' is moved by no turn; put it into `frozen`")
             elif not any(gradient for (_, _, to), gradient in gradients.items() if to == name):
-                if any(f"{turn}/{term}" in report.waiting for turn, term, to in gradients if to == name):
+                if any(f"{turn}/{term}" in verdict.waiting for turn, term, to in gradients if to == name):
                     continue  # its terms have not begun
                 faults.append(f"player '{name}' got no gradient in {self.window} executions of {sorted(turns)}")
-            elif turns - set(report.declined) and torch.equal(checksum(player.parameters), self.players_before[name]):
+            elif turns - set(verdict.declined) and torch.equal(checksum(player.parameters), self.players_before[name]):
                 faults.append(f"player '{name}' got gradients but never moved: is its learning rate 0?")
         return faults
 

@@ -98,8 +98,8 @@ class Reports:
     Args:
         run: its settings; `report_to` names the trackers.
         config: the recipe's text, if there is one.
-        done: steps behind a resumed run. TensorBoard hides what it already had beyond them; other
-            trackers may show those lines twice, and W&B begins a new run unless its environment
+        done: steps that a resumed run has done. TensorBoard hides what it already had beyond them;
+            other trackers may show those lines twice, and W&B begins a new run unless its environment
             variables (`WANDB_RUN_ID`, `WANDB_RESUME`) say which one to continue.
 
     TensorBoard's files lie in `<output_dir>/tensorboard`. Services that group runs get the run

@@ -20,8 +20,8 @@ class Optim:
         lr: peak learning rate.
         weight_decay: not applied to biases and norms (timm's rule).
         clip: greatest norm of the player's whole gradient; None leaves it alone.
-        schedule: of the learning rate from the end of the warm-up to that of the stage: "constant", "cosine"
-            or "linear" to 0.
+        schedule: of the learning rate after the warm-up: "constant", or "cosine" or "linear" down to 0 at the
+            stage's end.
         warmup: steps of linear warm-up from 0.
         options: further arguments of the optimiser, such as `{"betas": [0.0, 0.99]}`.
     """
@@ -66,6 +66,10 @@ class Stage:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, "at least 1: a run of zero updates trains nothing")
 
+    def build(self, handover: Any = None) -> Method:
+        """The method; a function that makes it is given what the previous stage handed over."""
+        return self.method if isinstance(self.method, Method) else self.method(handover)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,14 +81,15 @@ class Run:
         seed: decides batches, noise and dropout together with the step number.
         grad_accum_steps: micro-batches per process and step.
         mixed_precision: autocast of turns and `prepare`.
-        channels_last: convolutions of all networks hold their weights, and so their features, with channels last.
+        channels_last: convolutions of all networks keep their weights, and so their features, in channels-last layout.
         device: "auto" takes CUDA where there is one.
         ema_decay: of the product's moving average; None keeps none.
         ema_warmup: let the decay rise as (1 + n) / (10 + n) to `ema_decay` over n updates.
         compile: one graph per turn, frozen networks on their own.
         compile_backend: of torch.compile.
-        deterministic: kernels that give the same bits every time. The CPU's always do; many of CUDA's add in any
-            order, and a resumed run then equals an uninterrupted one to rounding only. Costs speed there.
+        deterministic: use kernels that give the same bits every time, at some cost of speed. The CPU's always
+            do; without it many of CUDA's add in any order, and a resumed run equals an uninterrupted one to
+            rounding only.
         noise_block: rows per generator call (see `Draw`); None takes the largest power of two up
             to 8 that divides the micro-batch.
         log_every: steps between metric lines; also how often the finite guard is read.
@@ -159,13 +164,9 @@ class Run:
             "'no', 'bf16' or 'fp16'",
         )
         _require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
-        _require(
-            self.evaluate_every is None or self.evaluate_every >= 1,
-            "evaluate_every",
-            self.evaluate_every,
-            ">= 1, or null",
-        )
-        _require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, ">= 1, or null")
+        for name in ("evaluate_every", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, ">= 1, or null")
         _require(self.proof_window >= 0, "proof_window", self.proof_window, ">= 0; 0 switches the proof off")
         names = isinstance(self.report_to, list) and all(isinstance(name, str) for name in self.report_to)
         _require(names, "report_to", self.report_to, "a list of names, as in [tensorboard]")

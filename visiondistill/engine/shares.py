@@ -1,4 +1,4 @@
-"""Which rows of the global batch are this process's, in which micro-batches, and where they come from."""
+"""This process's rows of the global batch, by micro-batch, and the feed that brings them."""
 
 from __future__ import annotations
 

@@ -180,9 +180,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ResumeError(f"{path} is not a safetensors file: {error}") from error
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """Of the file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

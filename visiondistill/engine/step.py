@@ -39,7 +39,10 @@ class Guard:
         self._one = torch.ones((), device=device)
 
     def check(self, tensors: Sequence[Tensor], flag: Tensor | None = None, inverse_scale: Tensor | None = None) -> None:
-        """Set the flag if any value is not finite, in one pass; multiply by `inverse_scale` on the way."""
+        """Set the flag (this guard's, or the one given) if any value is not finite; multiply by `inverse_scale`.
+
+        One pass over the tensors does both, in place.
+        """
         flag = self.flag if flag is None else flag
         scale = self._one if inverse_scale is None else inverse_scale
         first = tensors[0]
@@ -81,12 +84,17 @@ class Context:
         self.players, self.buffers, self.ema = assembly.players, assembly.buffers, assembly.ema
         self.guard = Guard(self.world.device)
         self.writes_state = type(self.method).after is not Method.after
-        self.modes_of: TurnRunner | None = None
+        self.modes_of: TurnRunner | None = None  # whose train and eval modes the players are in
 
     def autocast(self) -> AbstractContextManager:
         return autocast(self.run.mixed_precision, self.world.device)
 
     def write(self, writes: dict[str, Tensor | tuple[Tensor, Tensor]], hold: Tensor) -> None:
+        """Write what `Method.after` returned into the method's state, unless `hold` is set.
+
+        Raises:
+            SettingsError: there is no state of that name.
+        """
         held = hold.bool()
         for name, value in writes.items():
             if name not in self.assembly.state:
@@ -110,8 +118,8 @@ class TurnRunner:
         still = [player for name, player in context.players.items() if name not in turn.moves]
         moving = {id(p) for p in self.parameters}
         self.flags = [(p, id(p) in moving) for player in context.players.values() for p in player.parameters]
-        self.modes = [mode for player in still for mode in player.modes[1]]
-        self.modes += [mode for player in self.movers for mode in player.modes[0]]
+        self.modes = [mode for player in still for mode in player.eval_modes]
+        self.modes += [mode for player in self.movers for mode in player.train_modes]
         followed = {id(p) for p in context.method.product().parameters()}
         self.moves_product = any(id(p) in followed for p in self.parameters)
         self.tracks = any(next(player.module.buffers(), None) is not None for player in self.movers)
@@ -145,10 +153,20 @@ class TurnRunner:
 
     def play(self, step: int, batches: Sequence[Batch]) -> tuple[Terms, list[Carry]]:
         """One update from all micro-batches; returns its detached terms and its carries."""
-        context, guard, count = self.context, self.context.guard, len(batches)
         self.restrict()
+        terms, carries = self._accumulate(step, batches)
+        margins = [carry.pop("skip") for carry in carries if "skip" in carry]
+        gradients = [self._gradients_of(player) for player in self.movers]
+        hold = self._judge(terms, gradients, margins)
+        self._move(step, gradients, hold)
+        self._follow(carries, hold)
+        return terms, carries
+
+    def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[Terms, list[Carry]]:
+        """Loss and backward over the micro-batches: the movers then hold their gradients, over all processes."""
         for parameter in self.parameters:
             parameter.grad = None
+        context, count = self.context, len(batches)
         groups: dict[str, list[Tensor]] = {}
         seen: list[Terms] = []
         carries: list[Carry] = []
@@ -162,23 +180,9 @@ class TurnRunner:
                 self._backward(terms, count, groups)
             seen.append({name: term.detach() for name, term in terms.items()})
             carries.append({name: value.detach() for name, value in carry.items()})
-        terms = tree_join(seen)
         if self.turn.combine is not None:
             self._combine(groups)
-        hold = self._judge(terms, [carry.pop("skip") for carry in carries if "skip" in carry])
-        self._move(step, hold)
-        self.plays += 1
-        if hold is not guard.flag:
-            self.skipped.add_(hold)
-        if context.writes_state:
-            with torch.no_grad():
-                context.write(context.method.after(self.turn.name, tree_join(carries)), hold)
-        if self.moves_product and context.ema is not None:
-            context.ema.update(hold)
-        if context.proof is not None:
-            context.proof.settled(self.turn, hold, average=self.moves_product)
-        guard.refused.add_(guard.flag)
-        return terms, carries
+        return tree_join(seen), carries
 
     def _reduction(self, last: bool) -> AbstractContextManager:
         wrapped = isinstance(self.forward, DistributedDataParallel)
@@ -227,10 +231,9 @@ class TurnRunner:
         else:
             self.context.guard.check(gradients, self.scale.overflow, self.scale.scale.reciprocal())
 
-    def _judge(self, terms: Terms, margins: Sequence[Tensor]) -> Tensor:
-        """The 0-d flag, 1 where this update must not happen."""
+    def _judge(self, terms: Terms, gradients: Sequence[list[Tensor]], margins: Sequence[Tensor]) -> Tensor:
+        """The 0-d flag, 1 where this update must not happen; gradients lose fp16's loss scale on the way."""
         guard, world = self.context.guard, self.context.world
-        gradients = [self._gradients_of(player) for player in self.movers]
         every = [gradient for part in gradients for gradient in part]
         total = reduce(torch.add, terms.values())
         if self.scale is None:
@@ -253,9 +256,6 @@ class TurnRunner:
             hold = torch.maximum(hold, self.scale.overflow)
             self.scale.update()
             self.scale.overflow = torch.zeros_like(self.scale.overflow)
-        for player, part in zip(self.movers, gradients, strict=True):
-            if player.settings.clip is not None:
-                _clip(part, player.settings.clip)
         return hold
 
     def _gradients_of(self, player: Player) -> list[Tensor]:
@@ -273,7 +273,11 @@ class TurnRunner:
             )
         return gradients
 
-    def _move(self, step: int, hold: Tensor) -> None:
+    def _move(self, step: int, gradients: Sequence[list[Tensor]], hold: Tensor) -> None:
+        """Clip the gradients, one list a mover, and step the optimisers, unless `hold` is set."""
+        for player, part in zip(self.movers, gradients, strict=True):
+            if player.settings.clip is not None:
+                _clip(part, player.settings.clip)
         for player in self.movers:
             player.schedule(step)
             if player.gated:
@@ -283,15 +287,30 @@ class TurnRunner:
                 player.optimizer.step()
         self.context.buffers.settle(hold, shared=self.context.world.size > 1 and self.tracks)
 
+    def _follow(self, carries: Sequence[Carry], hold: Tensor) -> None:
+        """What comes after an update, unless `hold` is set: state writes, the moving average, the counts."""
+        context, guard = self.context, self.context.guard
+        self.plays += 1
+        if hold is not guard.flag:
+            self.skipped.add_(hold)
+        if context.writes_state:
+            with torch.no_grad():
+                context.write(context.method.after(self.turn.name, tree_join(carries)), hold)
+        if self.moves_product and context.ema is not None:
+            context.ema.update(hold)
+        if context.proof is not None:
+            context.proof.settled(self.turn, hold, average=self.moves_product)
+        guard.refused.add_(guard.flag)
+
 
 class Step:
     """The update of one method; call it with consecutive step numbers."""
 
     def __init__(self, context: Context, shares: Shares) -> None:
-        self.context = context
+        self.context, self.shares = context, shares
         self.turns = [TurnRunner(turn, context) for turn in context.assembly.turns]
-        self.draws = [self._draw(rows, shares) for rows in shares.micro]
-        self.whole = self._draw(shares.whole, shares)
+        self.draws = [self._draw(rows) for rows in shares.micro]
+        self.whole = self._draw(shares.whole)
         self.reseed = Reseed(context.world.device, context.run.seed, "prepare")
         self.prepares = type(context.method).prepare is not Method.prepare
         self.played: list[tuple[int, str, Terms]] = []
@@ -315,10 +334,10 @@ class Step:
             carried = handed_on(carried, carries)
 
     def require_updates(self) -> None:
-        """Of the product, once its stage is over.
+        """Check, once the stage is over, that the product was updated at all.
 
         Raises:
-            NotLearning: every one was skipped.
+            NotLearning: every update of it was skipped.
         """
         moving = [runner for runner in self.turns if runner.moves_product and runner.plays]
         if moving and all(runner.skipped.item() == runner.plays for runner in moving):
@@ -328,9 +347,9 @@ class Step:
                 f"Either fp16 overflowed each time (set run.mixed_precision to bf16 or no), or the turns declined"
             )
 
-    def _draw(self, rows: Rows, shares: Shares) -> Draw:
-        context = self.context
-        return Draw(context.run.seed, 0, rows, shares.block, context.world.device, context.assembly.noise_dtype)
+    def _draw(self, rows: Rows) -> Draw:
+        context, block = self.context, self.shares.block
+        return Draw(context.run.seed, 0, rows, block, context.world.device, context.assembly.noise_dtype)
 
     def _prepare(self, step: int, raw: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         if not self.prepares:
@@ -342,14 +361,14 @@ class Step:
 
 
 def turn_inputs(turn: Turn, batches: Sequence[Batch], whole: Batch | None, carried: Sequence[Carry]) -> list[Batch]:
-    """What a turn is played on: every micro-batch, or `whole` where there are several and the turn wants one."""
+    """What a turn is played on: each micro-batch, or `whole` for a turn that does not accumulate over them."""
     if turn.accumulate or whole is None:
         return [batch | carry for batch, carry in zip(batches, carried, strict=True)]
     return [whole | tree_join(carried)]
 
 
 def handed_on(carried: Sequence[Carry], carries: Sequence[Carry]) -> list[Carry]:
-    """What later turns of the step receive, by micro-batch, after a turn that gave `carries`."""
+    """What later turns of the step receive, one carry a micro-batch, after a turn that gave `carries`."""
     if len(carries) < len(carried):
         carries = _split(carries[0], len(carried))
     return [old | new for old, new in zip(carried, carries, strict=True)]

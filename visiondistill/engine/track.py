@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON per window, and a progress bar with rate, data wait and ETA."""
+"""What a run reports: a line of JSON per window of steps, and progress with rate, data wait and ETA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Writes `metrics.jsonl` and the progress, and feeds other trackers; silent on all processes but the first.
+    """Writes `metrics.jsonl`, shows progress and feeds other trackers; silent on all processes but the first.
 
     Progress is a bar on a terminal and in a notebook, and a line per window elsewhere (a log file).
     A terminal that has gone away ends the display, not the run.
@@ -33,7 +33,7 @@ class Tracker:
     Args:
         folder: the run folder.
         total: steps of all stages.
-        done: steps behind a resumed run: metric lines beyond them are dropped.
+        done: steps that a resumed run has done: metric lines beyond them are dropped.
         rows: images per step.
         progress: whether any is shown.
         reports: further trackers, fed with the numbers of each line.

@@ -1,4 +1,4 @@
-"""Nested dicts of tensors: the few things that the engine does to a whole batch."""
+"""Nested dicts of tensors: what the engine does to a whole batch."""
 
 from __future__ import annotations
 

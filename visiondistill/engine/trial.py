@@ -1,7 +1,7 @@
 """Which switches of speed pay for a run on this hardware: tried before step 1, on copies of the method.
 
-Channels-last weights, bf16 autocast and compilation are tried one upon the other; each is kept if
-the whole run, its one-time cost included, is then expected to take clearly less time.
+Channels-last weights, bf16 autocast and compilation are tried in turn, each on top of those that
+were kept; it is kept too if the whole run, its one-time cost included, should then take clearly less.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ WORTH = 0.95
 """A switch is kept if the run is expected to take less than this share of its time without."""
 
 CYCLES = 6
-"""Steps that are timed; with turns that are not due at every step, so many rounds of them, up to `MOST` steps."""
+"""Rounds of turns that are timed: a round has as many steps as the rarest turn's `every`."""
 MOST = 24
+"""Steps that are timed at most."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What steps took: `once` seconds before the steady state, `step` seconds for each (the median)."""
+    """What steps took: `once` seconds before the steady state, then `step` seconds each.
+
+    `step` is the median, or the mean where the rounds of turns make steps differ.
+    """
 
     once: float
     step: float
@@ -49,15 +53,15 @@ class Cost:
 
 
 def fastest(stage: Stage, run: Run, steps: int) -> tuple[Run, list[str]]:
-    """The run with the switches that pay, and a line for people about each that was tried.
+    """The run with the switches that pay, and a line for people about each one tried.
 
-    Every process must call it. The method that will be trained is left as it is. A run that is
-    continued keeps what was picked when it began.
+    Every process must call it. The method that will be trained is left as it is. A continued run
+    keeps what was picked when it began.
 
     Args:
         stage: whose method is tried.
         run: what is on in it stays on.
-        steps: of the whole run, over which one-time costs count.
+        steps: of the whole run, over which one-time costs are spread.
     """
     world = launch(run.device)
     earlier = Store.earlier(run)

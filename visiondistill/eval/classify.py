@@ -51,7 +51,7 @@ def chance_level(count: int, classes: int) -> float:
     """Accuracy on `count` images up to which a classifier may have guessed."""
     chance = 1 / classes
     noise = 3 * math.sqrt(chance * (1 - chance) / count)
-    # Of a few images not even all right is clear of chance: then it must be nearer to that than to chance.
+    # With few images even all of them right could be chance: then a classifier must be nearer to all than to chance.
     return min(chance + noise, (1 + chance) / 2)
 
 

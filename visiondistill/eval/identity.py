@@ -1,4 +1,4 @@
-"""What a figure was measured with: which weights, and what happened to the pixels on the way in."""
+"""What a figure was measured with: the weights, and what was done to the pixels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ CropMode = Literal["squash", "center"]
 def weights_hash(model: nn.Module) -> str:
     """sha256 over the names and bytes of a classifier's tensors, wherever they lie.
 
-    A `Network` and the module in it have one hash; an opened program has that of the module it was
-    made from.
+    A `Network` has the hash of the module in it, an opened program that of the module it was made from.
     """
     inner = as_network(model).model
     return getattr(inner, "weights_hash", None) or fingerprint(inner.state_dict())

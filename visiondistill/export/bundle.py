@@ -20,15 +20,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visiondistill.engine import Result
+from visiondistill.engine.state import sha256_of
 from visiondistill.eval.identity import CropMode, preprocessing, weights_hash
 from visiondistill.export import onnx_file, program, timm_folder
 from visiondistill.export.card import render
 from visiondistill.exported import FACTS, About, check_free, written_whole
 from visiondistill.models import Network, as_network
-from visiondistill.models.weights import sha256_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def export(
             _check_names(network, size, classes)
             form, differences = _write(network, unfinished, list(classes), about, pixels)
             if onnx:
-                differences["onnx"] = onnx_file.write(network, unfinished / onnx_file.FILE, _samples(size))
+                differences["onnx"] = onnx_file.write(network, unfinished / onnx_file.FILE, program.sample_images(size))
         files = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
         exported = Exported(folder, form, files, weights, weights_hash(network), differences)
         _describe(exported, unfinished, list(classes), about, pixels)
@@ -132,7 +132,7 @@ def export_run(
 
 
 def rehearse(model: nn.Module, **options: Any) -> Exported:
-    """Try `export` before the training, in a folder that is deleted again: same arguments, same errors."""
+    """Try `export` before the training, in a temporary folder; arguments and errors are the same."""
     with TemporaryDirectory() as folder:
         return export(model, Path(folder) / "export", **options)
 
@@ -141,7 +141,7 @@ def _write(
     network: Network, folder: Path, classes: list[str], about: About, pixels: Mapping[str, Any]
 ) -> tuple[Literal["timm", "program"], dict[str, float]]:
     """Write the model in the form that suits it; returns the form, and the logits' difference by form."""
-    samples = _samples(network.input_size)
+    samples = program.sample_images(network.input_size)
     if timm_folder.knows(network.model):
         try:
             timm_folder.write(network.model, folder, classes, about.name, about.license, pixels)
@@ -167,12 +167,6 @@ def _portable(model: nn.Module) -> Network:
     return network
 
 
-def _samples(size: tuple[int, int, int]) -> list[Tensor]:
-    """Images to compare logits on: two batches of different lengths, the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(rows, *size, generator=generator) for rows in (1, 3)]
-
-
 def _nominal_size(model: nn.Module) -> tuple[int, int, int]:
     if not timm_folder.knows(model):
         raise ValueError(
@@ -184,7 +178,7 @@ def _nominal_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _check_names(network: Network, size: tuple[int, int, int], classes: Sequence[str]) -> None:
-    count = network(_samples(size)[0]).logits.shape[1]
+    count = network(program.sample_images(size)[0]).logits.shape[1]
     if len(classes) != count or len(set(classes)) != count:
         raise ValueError(f"the classifier tells {count} classes apart, {len(set(classes))} names were given")
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from visiondistill.exported import training_section
+
 NAMED = 200
 """Classes that are listed by name; the rest stand in export.json."""
 
@@ -57,7 +59,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"An image classifier of {len(facts['classes'])} classes. Weights: {weights['which']}, {weights['dtype']}, "
         f"sha256 of the tensors `{weights['sha256']}`.",
         "## Use\n\n" + _use(facts),
-        "## Training\n\n" + _training(about),
+        "## Training\n\n" + training_section(about),
         "## Figures\n\n" + _figures(about["metrics"]),
         "## Classes\n\n" + _classes(facts["classes"]),
         "## Files\n\n" + "\n".join(f"- `{name}`: sha256 `{digest}`" for name, digest in facts["files"].items()),
@@ -94,18 +96,6 @@ def _use(facts: Mapping[str, Any]) -> str:
     return text
 
 
-def _training(about: Mapping[str, Any]) -> str:
-    lines = [f"- {key}: {about[key]}" for key in ("teacher", "data", "method") if isinstance(about[key], str)]
-    lines = [line if not line.endswith(": ") else f"{line}not stated" for line in lines]
-    lines.append(f"- licence: {about['license'] or 'not stated'}")
-    blocks = [
-        f"{key.capitalize()}:\n\n```json\n{_json(about[key])}\n```"
-        for key in ("data", "method")
-        if not isinstance(about[key], str)
-    ]
-    return "\n\n".join(["\n".join(lines), *blocks])
-
-
 def _figures(metrics: Mapping[str, Any]) -> str:
     if not metrics:
         return "None were measured."
@@ -116,14 +106,10 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     ]
     nested = {key: value for key, value in metrics.items() if key not in plain and key != "per_class" and value}
     table = "\n".join(["| figure | value |", "| --- | --- |", *rows]) if rows else ""
-    block = f"```json\n{_json(nested)}\n```" if nested else ""
+    block = f"```json\n{json.dumps(nested, indent=1, ensure_ascii=False, default=str)}\n```" if nested else ""
     return "\n\n".join(filter(None, (table, block)))
 
 
 def _classes(classes: list[str]) -> str:
     listed = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:NAMED]))
     return listed + (f" ... and {len(classes) - NAMED} more, in export.json" if len(classes) > NAMED else "")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str)

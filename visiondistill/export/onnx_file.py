@@ -1,4 +1,4 @@
-"""ONNX, where the packages of the extra "export" are there: float32, and int8 for CPUs."""
+"""ONNX files, float32 and int8 for CPUs; they need the packages of the extra "export"."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visiondistill.export.program import Pixels
+from visiondistill.engine.state import sha256_of
+from visiondistill.export.program import Pixels, sample_images
 from visiondistill.models import Network
-from visiondistill.models.weights import sha256_of
 
 FILE = "model.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -61,7 +61,7 @@ def write(network: Network, path: Path, samples: Sequence[Tensor]) -> float:
 
 
 def write_int8(source: Path, path: Path, images: Iterable[Tensor]) -> None:
-    """Quantise activations of an ONNX file to 8 bits and weights to 7, which every CPU adds up right.
+    """Quantise an ONNX file: activations to 8 bits, weights to 7, so that sums are right on every CPU.
 
     Args:
         source: float32, as of `write`.
@@ -113,8 +113,7 @@ def onnx_variants(network: Network, folder: str | Path, images: Iterable[Tensor]
     plain, small = Path(folder) / FILE, Path(folder) / "model_int8.onnx"
     plain.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        samples = [torch.rand(rows, *network.input_size, generator=torch.Generator().manual_seed(0)) for rows in (1, 3)]
-        write(portable, plain, samples)
+        write(portable, plain, sample_images(network.input_size))
         write_int8(plain, small, (_resized(portable, batch) for batch in images))
     return {
         name: Network(OnnxClassifier(path), input_size=network.input_size, interpolation=network.interpolation)

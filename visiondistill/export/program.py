@@ -36,6 +36,12 @@ class Pixels(nn.Module):
         return self.network(images).logits
 
 
+def sample_images(size: tuple[int, int, int]) -> list[Tensor]:
+    """Images `[B, C, H, W]` to compare logits on: two batches of different lengths, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(rows, *size, generator=generator) for rows in (1, 3)]
+
+
 def write(network: Network, folder: Path, samples: Sequence[Tensor]) -> None:
     """Write model.pt2, for batches of any length, and model.safetensors, under the model's own names.
 
@@ -59,9 +65,9 @@ def write(network: Network, folder: Path, samples: Sequence[Tensor]) -> None:
 
 
 def read(file: Path) -> nn.Module:
-    """Open a program, after looking into it: torch unpickles parts of such a file without asking.
+    """Open a program, once it is clear that this runs no code: torch unpickles parts of such a file unasked.
 
-    What a program computes is still its maker's choice: open those alone whose maker you trust.
+    What a program computes is still its maker's choice: open only those whose maker you trust.
 
     Raises:
         ValueError: not a program, or one that could run code when it is opened.
@@ -96,7 +102,7 @@ def _is_plain(name: str, content: bytes) -> bool:
 
 
 def at(traced: nn.Module, device: torch.device) -> None:
-    """Make a program compute on a device that its tensors were moved to: its graph names the one it was traced on."""
+    """Make a program compute on the device that its tensors were moved to; its graph names the one of the tracing."""
     for graph in traced.modules():
         if isinstance(graph, torch.fx.GraphModule):
             for node in graph.graph.nodes:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visiondistill.engine.state import sha256_of
 from visiondistill.export import program
 from visiondistill.export.bundle import FACTS
 from visiondistill.models import Network, Timm
-from visiondistill.models.weights import sha256_of
 
 
 class Program(nn.Module):

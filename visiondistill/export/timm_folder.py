@@ -35,8 +35,8 @@ def write(
 ) -> None:
     """Write config.json and model.safetensors.
 
-    What timm would take over from the weights that the model started from (size, tag, licence,
-    names of the classes, papers) is replaced by the run's own.
+    What timm would copy from the weights that the model started from (size, tag, licence, names of
+    the classes, papers) is replaced by the run's own, or left out.
 
     Args:
         model: of timm, on the CPU, its tensors contiguous.

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from visiondistill.engine.state import sha256_of
 from visiondistill.models import cifar
 from visiondistill.models.loaded import LoadedNetwork, Trainable, with_new_head
-from visiondistill.models.weights import Source, find_tensor, load_weights, read_weights, sha256_of
+from visiondistill.models.weights import Source, find_tensor, load_weights, read_weights
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS = "model.safetensors"
@@ -23,7 +24,7 @@ RESERVED = {"num_classes", "pretrained", "checkpoint_path", "features_only"}
 class Timm(LoadedNetwork):
     """A timm model with its own mean, std, size and interpolation; `cifar_<name>` are known too.
 
-    The classifier is the one that came with the weights, or refused: only `new_head` replaces it.
+    The classifier is the one that came with the weights; only `new_head` replaces it.
 
     Args:
         name: of the model ("resnet18", "resnet18.a1_in1k"), "hf-hub:owner/model" or "local-dir:FOLDER".
@@ -66,13 +67,8 @@ class Timm(LoadedNetwork):
     ) -> None:
         if pretrained is None:
             pretrained = weights is None and name.startswith((LOCAL, HUB))
-        if pretrained and weights is not None:
-            raise ValueError(f"{name}: pretrained and weights exclude each other, got weights {weights}")
-        if new_head and not pretrained and weights is None:
-            raise ValueError(f"{name}: new_head needs pretrained or weights; without them every layer is new")
         options = dict(options or {})
-        if taken := sorted(RESERVED & set(options)):
-            raise ValueError(f"{name}: options must not hold {taken}; what they do, the arguments of Timm do")
+        _check_arguments(name, pretrained, weights, new_head, options)
         cifar.register()
         _check_name(name)
         input_size = input_size or _size_of(options)
@@ -169,6 +165,15 @@ class ClassPath(LoadedNetwork):
         """What the model says, else what it was asked for."""
         known = super().num_classes
         return self._num_classes if known is None else known
+
+
+def _check_arguments(name: str, pretrained: bool, weights: str | None, new_head: bool, options: dict[str, Any]) -> None:
+    if pretrained and weights is not None:
+        raise ValueError(f"{name}: pretrained and weights exclude each other, got weights {weights}")
+    if new_head and not pretrained and weights is None:
+        raise ValueError(f"{name}: new_head needs pretrained or weights; without them every layer is new")
+    if taken := sorted(RESERVED & set(options)):
+        raise ValueError(f"{name}: options must not hold {taken}; what they do, the arguments of Timm do")
 
 
 def _check_name(name: str) -> None:

@@ -79,9 +79,9 @@ def require_classes(network: nn.Module, classes: int, what: str = "the data") ->
     """Check that a teacher tells as many classes apart as there are.
 
     Args:
-        network: a `Network`, or anything with `num_classes`; without one nothing can be said.
+        network: a `Network`, or anything with `num_classes`; anything else passes.
         classes: how many there are.
-        what: has them.
+        what: who has so many classes, for the message.
 
     Raises:
         ValueError: it does not; the message has the command that makes such a teacher.

@@ -1,11 +1,10 @@
-"""Weights from a file into a model: strict, never by running what a pickle says, and told what was done.
+"""Weights from a file into a model: strictly, without running a pickle's code, with notes of what was done.
 
 Formats: safetensors, and what `torch.load(weights_only=True)` reads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import struct
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from visiondistill.engine.state import sha256_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -65,10 +66,10 @@ def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, 
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> Source:
-    """Put a state dict into a model, every tensor of both.
+    """Put a state dict into a model: the two must have the same tensors.
 
-    Prefixes that all names share are stripped while the model does not know the names; half-precision
-    tensors take the model's precision; BatchNorm's counters of batches may be missing.
+    While the model knows none of the names, known prefixes that all of them share are stripped;
+    half-precision tensors take the model's precision; BatchNorm's counters of batches may be missing.
 
     Returns:
         `source` with the notes of what was done.
@@ -107,12 +108,6 @@ def weight_file(path: str | Path) -> Path:
     if not found:
         raise ValueError(f"weights {path}: no weight file in this folder (looked for {', '.join(SUFFIXES)})")
     raise ValueError(f"weights {path}: several weight files, name one of {', '.join(file.name for file in found)}")
-
-
-def sha256_of(file: str | Path) -> str:
-    """Of the file's bytes, in hexadecimal."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def find_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
