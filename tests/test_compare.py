@@ -77,6 +77,13 @@ def test_arms_are_run_measured_and_not_run_again(file: Path, capsys: pytest.Capt
     assert len(before) == 6
     assert main(["compare", "--file", str(file)]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("accuracy.json")} == before
+    # What a kill has torn is evaluated again.
+    torn = out / "ce" / "seed_0" / "evaluation" / "accuracy.json"
+    whole = torn.read_text()
+    torn.write_text(whole[:40])
+    assert main(["compare", "--file", str(file)]) == 0
+    assert json.loads(torn.read_text())["accuracy"] == json.loads(whole)["accuracy"]
+    before[torn] = torn.stat().st_mtime_ns
     # One more seed is three more runs.
     assert main(["compare", "--file", str(file), "--seeds", "3"]) == 0
     after = {path: path.stat().st_mtime_ns for path in out.rglob("accuracy.json")}
@@ -177,6 +184,12 @@ def test_every_arm_chooses_by_validation_before_its_runs(file: Path, capsys: pyt
     assert [setting for setting, _ in ce["trials"]] == [{RATE: 1e-9}, {RATE: 0.03}]
     assert ce["trials"][1][1] > ce["trials"][0][1]
     assert "lr 0.03 (of 2)" in (out / "compare.md").read_text()
+    # Trials of other settings choose nothing.
+    content = yaml.safe_load(path.read_text())
+    content["tune"]["settings"]["ce"][1] = {RATE: 0.04}
+    path.write_text(yaml.safe_dump(content))
+    assert main([*words, "--only_seeds", "[1]", "--only_arms", "[ce]"]) == 2
+    assert "ce/trial_1 is finished, with other settings: optim.student.lr was 0.03, is 0.04" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,6 +201,8 @@ def test_every_arm_chooses_by_validation_before_its_runs(file: Path, capsys: pyt
         ({"settings": {"ce": [{}, {}]}}, "a list for every arm"),
         ({"settings": [{}, {"optim.student.lrr": 1}]}, r"tune.settings.ce, trial 1: optim.student.lrr"),
         ({"grid": []}, "tune: expected seed, trials and settings"),
+        ({"trials": 0, "settings": []}, "tune.trials: expected a whole number >= 1, got 0"),
+        ({"settings": [{}, {"steps": 16}]}, "^tune.settings.ce, trial 1: steps is another .* one teacher, student and"),
     ],
 )
 def test_uneven_or_wrong_trials_are_refused(file: Path, tune: dict, message: str) -> None:
@@ -230,6 +245,12 @@ def test_wrong_changes_are_named(file: Path, changes: dict, message: str) -> Non
         ({"arms": {"a": "kd"}, "reference": "a", "seeds": 1}, r"arms.a: expected a recipe"),
         ({"arms": {"a": {"recipe": "kdd"}}, "reference": "a", "seeds": 1}, "no recipe 'kdd'"),
         ({"arms": {"a": {"recipe": "smoke/kd"}}, "reference": "a", "seeds": 1}, "several stages"),
+        ({"arms": {"a": {"recipe": "kd", "changes": ["x"]}}, "reference": "a", "seeds": 1}, "arms.a.changes: expected"),
+        ({"arms": {"a": {"recipe": "kd"}}, "pair": ["x"]}, "^pair: expected a mapping"),
+        ({"arms": {"a": {"recipe": "kd"}}, "seeded": "run.seed"}, "^seeded: expected a list"),
+        ({"arms": {"..": {"recipe": "kd"}}}, r"'\.\.' cannot name the folder"),
+        ({"arms": {"a/b": {"recipe": "kd"}}}, "'a/b' cannot name the folder"),
+        ({"arms": {1: {"recipe": "kd"}}}, "1 cannot name the folder"),
     ],
 )
 def test_wrong_files_are_named(content: dict, message: str, tmp_path: Path) -> None:
@@ -237,6 +258,18 @@ def test_wrong_files_are_named(content: dict, message: str, tmp_path: Path) -> N
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match=message):
         load(path)
+
+
+OTHER = {"class_path": NETWORK, "init_args": {"widths": [7, 9]}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("steps", 16), ("run.batch_size", 16), ("student", OTHER), ("teacher", OTHER)]
+)
+def test_an_arm_with_other_networks_or_another_budget_is_refused(file: Path, key: str, value: object) -> None:
+    arms = {"kd": {"recipe": "kd"}, "more": {"recipe": "kd", "changes": {key: value}}}
+    with pytest.raises(RecipeError, match=f"^arms.more: {key} is another than the reference's"):
+        load(with_changes(file, "other", arms=arms))
 
 
 def test_an_unknown_comparison_lists_the_known_ones() -> None:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from visiondistill.data import Source
 
 KEYS = ("pair", "arms", "reference", "seeds", "seeded", "tune", "output_dir")
+SHARED = ("student", "teacher", "steps", "run.batch_size")
+"""Keys, dotted, that are the same in every arm and trial: what differs otherwise is not the method."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Comparis
     unknown = sorted(set(content) - set(KEYS))
     if unknown:
         raise RecipeError(f"{unknown[0]}: a comparison has {', '.join(KEYS)}")
-    if not isinstance(content.get("arms"), dict) or not content["arms"]:
-        raise RecipeError("arms: name at least one, each with its recipe")
+    _check_names(content.get("arms"))
+    pair, seeded = _mapping(content.get("pair"), "pair"), content.get("seeded") or []
+    if not isinstance(seeded, list):
+        raise RecipeError(f"seeded: expected a list of dotted keys, got {seeded!r}")
     chosen = _known(changes.pop("arms", None) or list(content["arms"]), content["arms"], "arms")
     seeds, folder = (changes.pop(key, None) or content.get(key) for key in ("seeds", "output_dir"))
     if not isinstance(seeds, int) or seeds < 1:
@@ -106,10 +110,11 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Comparis
     reference = content.get("reference")
     if reference not in chosen:
         raise RecipeError(f"reference: {reference!r} is not among the arms {chosen}")
-    seeded = tuple(content.get("seeded") or ())
-    arms = {arm: _arm(arm, content["arms"][arm], content.get("pair") or {}, changes, seeded) for arm in chosen}
+    arms = {arm: _arm(arm, content["arms"][arm], pair, changes, seeded) for arm in chosen}
+    for arm, config in arms.items():
+        _require_shared(config, arms[reference], f"arms.{arm}")
     tuning = _tuning(content["tune"], arms, list(content["arms"]), seeds) if "tune" in content else None
-    return Comparison(arms, reference, seeds, Path(folder or "runs/compare"), seeded, tuning)
+    return Comparison(arms, reference, seeds, Path(str(folder or "runs/compare")), tuple(seeded), tuning)
 
 
 def names() -> list[str]:
@@ -165,7 +170,7 @@ def run(
                 told = _try_all(comparison, arm, sources)
             else:
                 folder, config = comparison.folder / arm / f"seed_{seed}", _chosen(comparison, arm)
-                last = _measure(folder, _seeded(comparison, config, seed), sources)
+                last = _measure(folder, _placed(_seeded(comparison, config, seed), folder), sources)
                 measured[arm].append(last)
                 told = f"{arm}, seed {seed}: {last.accuracy:.2%}, {last.images_per_second:.0f} images/s"
             if process_index() == 0:
@@ -195,6 +200,14 @@ def _known(asked: Any, known: Collection, where: str) -> list:
     return asked
 
 
+def _check_names(arms: Any) -> None:
+    if not isinstance(arms, dict) or not arms:
+        raise RecipeError("arms: name at least one, each with its recipe")
+    for arm in arms:
+        if not isinstance(arm, str) or arm in ("", "..") or arm != Path(arm).name:
+            raise RecipeError(f"arms: {arm!r} cannot name the folder in which its runs lie: choose another name")
+
+
 def _arm(
     name: str, node: Any, pair: recipes.Config, changes: Mapping[str, Any], seeded: Sequence[str]
 ) -> recipes.Config:
@@ -205,8 +218,30 @@ def _arm(
     config |= {role: pair[role] for role in ("data", "student", "teacher") if role in pair}
     if "stages" in config:
         raise RecipeError(f"arms.{name}: a recipe of several stages has no budget to share with others")
-    config = recipes.override(recipes.override(config, node.get("changes") or {}), changes)
+    own = _mapping(node.get("changes"), f"arms.{name}.changes")
+    config = recipes.override(recipes.override(config, own), changes)
     _check(recipes.override(config, dict.fromkeys(seeded, 0)), f"arms.{name}")
+    return config
+
+
+def _mapping(node: Any, where: str) -> dict[str, Any]:
+    if not isinstance(node, dict | None):
+        raise RecipeError(f"{where}: expected a mapping, got {node!r}")
+    return node or {}
+
+
+def _require_shared(config: recipes.Config, reference: recipes.Config, where: str) -> None:
+    for key in SHARED:
+        if _at(config, key) != _at(reference, key):
+            raise RecipeError(
+                f"{where}: {key} is another than the reference's. All arms and trials have one teacher, student and "
+                f"budget: give them in `pair`"
+            )
+
+
+def _at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
     return config
 
 
@@ -221,6 +256,8 @@ def _tuning(node: Any, arms: Mapping[str, recipes.Config], named: Sequence[str],
     if not isinstance(node, dict) or set(node) != {"seed", "trials", "settings"}:
         raise RecipeError(f"tune: expected seed, trials and settings, got {node!r}")
     seed, trials, settings = (node[key] for key in ("seed", "trials", "settings"))
+    if not isinstance(trials, int) or trials < 1:
+        raise RecipeError(f"tune.trials: expected a whole number >= 1, got {trials!r}")
     if not isinstance(seed, int) or seed in range(seeds):
         raise RecipeError(
             f"tune.seed: {seed!r} must be a whole number that is none of the compared seeds 0 to {seeds - 1}"
@@ -236,7 +273,9 @@ def _tuning(node: Any, arms: Mapping[str, recipes.Config], named: Sequence[str],
                 f"tune.settings.{arm}: expected {trials} trials as for every arm, each a mapping; got {own!r}"
             )
         for number, changes in enumerate(own):
-            _check(recipes.override(config, changes), f"tune.settings.{arm}, trial {number}")
+            where, changed = f"tune.settings.{arm}, trial {number}", recipes.override(config, changes)
+            _check(changed, where)
+            _require_shared(changed, config, where)
     return Tuning(seed, {arm: settings[arm] for arm in arms})
 
 
@@ -251,44 +290,56 @@ def _chosen(comparison: Comparison, arm: str) -> recipes.Config:
 
 
 def _choice(comparison: Comparison, arm: str) -> Choice:
-    settings = comparison.tuning.settings[arm]
-    reached = [_validation(_trial(comparison, arm, number)) for number in range(len(settings))]
-    if None in reached:
-        raise RecipeError(f"{arm} has unfinished trials: run them first, --only_seeds '[{comparison.tuning.seed}]'")
+    settings, reached = comparison.tuning.settings[arm], []
+    for folder, config in _trials(comparison, arm):
+        if not _finished(folder):
+            raise RecipeError(f"{arm} has unfinished trials: run them first, --only_seeds '[{comparison.tuning.seed}]'")
+        _require_same(folder, config)
+        reached.append(_validation(folder))
     return Choice(settings[reached.index(max(reached))], tuple(zip(settings, reached, strict=True)))
 
 
-def _trial(comparison: Comparison, arm: str, number: int) -> Path:
-    return comparison.folder / arm / f"trial_{number}"
+def _trials(comparison: Comparison, arm: str) -> Iterator[tuple[Path, recipes.Config]]:
+    for number, changes in enumerate(comparison.tuning.settings[arm]):
+        config = _seeded(comparison, recipes.override(comparison.arms[arm], changes), comparison.tuning.seed)
+        folder = comparison.folder / arm / f"trial_{number}"
+        yield folder, _placed(recipes.override(config, {"run.evaluate_every": config["steps"]}), folder)
 
 
 def _try_all(comparison: Comparison, arm: str, sources: dict[str, Source]) -> str:
-    for number, changes in enumerate(comparison.tuning.settings[arm]):
-        config = _seeded(comparison, recipes.override(comparison.arms[arm], changes), comparison.tuning.seed)
+    for folder, config in _trials(comparison, arm):
         if "val" not in _source(config, sources).splits:
             raise RecipeError("tune: trials are judged by validation images, and these data have none")
-        config = recipes.override(config, {"run.evaluate_every": config["steps"]})
-        _measure(_trial(comparison, arm, number), config, sources)
+        _measure(folder, config, sources)
     choice = _choice(comparison, arm)
     reached = ", ".join(f"{accuracy:.2%}" for _, accuracy in choice.trials)
     return f"{arm}, trials: {reached} on validation images; chosen: {choice.setting or 'as it stands'}"
 
 
-def _validation(folder: Path) -> float | None:
+def _validation(folder: Path) -> float:
     """Accuracy on validation images at the end of a finished trial."""
     from visiondistill.workbench import ACCURACY
 
-    if not _finished(folder):
-        return None
     return json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])[ACCURACY]
 
 
 def _finished(folder: Path) -> bool:
-    return (folder / "evaluation" / "accuracy.json").is_file()
+    return _figures(folder) is not None
+
+
+def _figures(folder: Path) -> dict[str, Any] | None:
+    """Of the test images; None where there are none yet, or a kill left half of the file."""
+    try:
+        return json.loads((folder / "evaluation" / "accuracy.json").read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _placed(config: recipes.Config, folder: Path) -> recipes.Config:
+    return recipes.override(config, {"run.output_dir": str(folder), "run.resume": "auto", "run.progress": False})
 
 
 def _measure(folder: Path, config: recipes.Config, sources: dict[str, Source]) -> Measured:
-    config = recipes.override(config, {"run.output_dir": str(folder), "run.resume": "auto", "run.progress": False})
     if _finished(folder):
         _require_same(folder, config)
     else:
@@ -340,7 +391,8 @@ def _changed(then: Any, now: Any, path: str = "") -> Iterator[str]:
 
 
 def _read(folder: Path) -> Measured:
-    figures = json.loads((folder / "evaluation" / "accuracy.json").read_text("utf-8"))
+    figures = _figures(folder)
+    assert figures is not None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     # The first window holds what happens once: caches that fill, the proof of learning.
     rates = [line["images_per_second"] for line in lines][1:] or [lines[0]["images_per_second"]]

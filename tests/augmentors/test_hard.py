@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visiondistill import Distiller
 from visiondistill.augmentors import Affine, AffineRange, Chain, Edit, Hard, Mask, draw_edits
 from visiondistill.augmentors.edits import MOVES, Moves, moved_by
-from visiondistill.data import Stream
+from visiondistill.data import Stream, TensorData
 from visiondistill.engine import Draw
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.rng import key
@@ -240,6 +240,13 @@ def test_a_mask_mixes_the_labels_too() -> None:
     expected[1::2] = 0.75 * hot[1::2] + 0.25 * hot[::2]
     torch.testing.assert_close(batch["train"]["target"], expected)
     assert "label" not in batch["train"]
+
+
+def test_a_mask_mixes_images_without_labels() -> None:
+    stream = Stream(TensorData({"image": images().columns["image"]}), 4)
+    parts = {"student": net(4, 5), "augmentor": Hard(EDITS["mask"]())}
+    distiller = Distiller(net(6, 9), **parts, terms={"kd": KL()}, streams={"train": stream})
+    assert not prepared(distiller.double())["train"]["target"].any()
 
 
 # --- its turn
@@ -486,6 +493,10 @@ def test_what_cannot_be_is_refused() -> None:
         prepared(distiller)
     with pytest.raises(SettingsError, match=r"5 of 6 rows of a micro-batch .* it has 4: .* divisible by 6"):
         prepared(method(share=5 / 6))
+    colours = method()
+    colours.parts["augmentor"].players[""] = Affine()
+    with pytest.raises(SettingsError, match="Affine is for images of 3 channels, these have 1: set channels: 1"):
+        prepared(colours)
     with pytest.raises(SettingsError, match=r"upper=2.0 compares .* share=1.0 leaves none: set upper to null"):
         method(share=1.0)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from visiondistill.augmentors import Mix
+from visiondistill.augmentors import Augment, Chain, Mix
 from visiondistill.augmentors.mix import beta
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.rng import Draw
+from visiondistill.models import Network, SmallConvNet
 
 CLASSES = 5
 
@@ -132,6 +133,14 @@ def test_autocast_does_not_round_the_pixels():
 def test_odd_micro_batches_are_refused():
     with pytest.raises(SettingsError, match=r"which has 3.*even"):
         mixed(Mix(CLASSES), batch(3), draw(0, 3, block=1))
+
+
+def test_labels_of_other_classes_than_the_students_are_refused():
+    network = Network(SmallConvNet([4], "batch", num_classes=7), input_size=(1, 8, 8))
+    for mix in (Mix(CLASSES), Chain([Augment(), Mix(CLASSES)])):
+        with pytest.raises(SettingsError, match=r"labels of 5 classes, .* 7 apart: set num_classes: 7"):
+            mix.connect(network, None)
+    Mix(7).connect(network, None)
 
 
 @pytest.mark.parametrize(

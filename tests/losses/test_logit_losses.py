@@ -311,6 +311,9 @@ def test_bad_arguments_are_refused(logits):
         dist_loss(student, teacher, reduction="none")
     with pytest.raises(ValueError, match="2 classes"):
         dkd_loss(student[:, :1], teacher[:, :1], torch.zeros(B, dtype=torch.int64))
+    for loss in (dkd_loss, pld_loss):
+        with pytest.raises(ValueError, match=r"target must be \[B\] of logits \(5, 7\), got \(4,\)"):
+            loss(student, teacher, y[:4])
     with pytest.raises(ValueError, match="2 classes"):
         standardize_logits(student[:, :1])
 

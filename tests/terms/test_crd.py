@@ -5,16 +5,12 @@ Run as a program it is one of two processes; see `test_two_processes_train_as_on
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distilling import CLASSES, apart, distiller, images, net, play, prepared, weights
-from safetensors.torch import load_file, save_file
+from together import play_together, work
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -250,25 +246,7 @@ def trained(folder: Path, known: bool = True, steps: int = 6, **settings) -> dic
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    here = Path(__file__)
-    paths = os.pathsep.join((str(here.parents[2]), str(here.parents[1])))
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": paths}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+    return play_together(__file__, tmp_path_factory.mktemp("two"), ["crd"])["crd"]
 
 
 def test_two_processes_train_as_one(by_two: list[dict[str, Tensor]], tmp_path: Path) -> None:
@@ -328,5 +306,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    save_file(trained(out / "run", known=False), out / f"rank{os.environ['RANK']}.safetensors")
+    work(["crd"], lambda name, folder: trained(folder / name, known=False))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import CLASSES, distiller, images, net, play, prepared, weights
+from distilling import CLASSES, MIXED, distiller, images, net, play, prepared, weights
+from torch import nn
 
 from visiondistill.augmentors import Mix
 from visiondistill.engine.errors import SettingsError
@@ -50,13 +51,20 @@ def test_the_term_is_the_loss_through_the_adapter() -> None:
     torch.testing.assert_close(terms["nd"], nd_loss(ours, theirs, method.parts["nd"].class_means, label))
 
 
+def test_the_adapter_is_the_released_one() -> None:
+    adapter = ready().players["nd_adapter"]
+    assert [type(layer) for layer in adapter] == [nn.BatchNorm1d, nn.Dropout, nn.Linear]
+    assert (adapter[0].num_features, adapter[1].p, adapter[2].out_features) == (5, 0.5, 9)
+
+
 def test_equal_widths_need_no_adapter() -> None:
     assert "nd_adapter" not in ready(student=net(4, 9)).players
 
 
 def test_mixed_labels_mix_the_means() -> None:
     method = ready(student=net(4, 9), augmentor=Mix(CLASSES))
-    batch = prepared(method)
+    batch = prepared(method, step=MIXED)
+    assert (batch["train"]["target"] > 0).sum() > 4, "an image has both its classes"
     terms, _ = method.student_loss(batch)
     pixels = batch["train"]["image"]
     ours = method.players["student"](pixels, embedding=True).embedding

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import CLASSES, apart, distiller, net, play, prepared, weights
+from distilling import CLASSES, MIXED, apart, distiller, net, play, prepared, weights
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
@@ -123,19 +123,20 @@ def test_initial_weights_are_drawn_as_released() -> None:
 # --- where merging goes, and what is kept
 
 
-def test_merged_patches_are_neighbours() -> None:
-    """Against a loop over 2x2 cells, in the released order of the corners."""
-    head = TokenHead(4, 3, 4, 2, 5).double()
+@pytest.mark.parametrize("activated", [[True], [True, False], [True, True, False]])
+def test_merged_patches_are_neighbours(activated: list[bool]) -> None:
+    """Against a loop over 2x2 cells, in the released order of the corners and with its activations."""
+    head = TokenHead(4, 3, 4, len(activated), 5).double()
     feature = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     grid = feature
-    for number, merging in enumerate(head.merge):
+    for merging, activates in zip(head.merge, activated, strict=True):
         rows = []
         for row in range(0, grid.shape[-2], 2):
             for column in range(0, grid.shape[-1], 2):
                 cell = [grid[:, :, row + down, column + right] for right in (0, 1) for down in (0, 1)]
                 normed = layer_norm(torch.cat(cell, 1), [4 * grid.shape[1]])
                 value = normed @ merging.reduction.weight.T
-                rows.append(gelu(value) if number == 0 else value)
+                rows.append(gelu(value) if activates else value)
         side = grid.shape[-1] // 2
         grid = torch.stack(rows, 2).unflatten(2, (side, side))
     torch.testing.assert_close(head.merge(feature.permute(0, 2, 3, 1)), grid.permute(0, 2, 3, 1))
@@ -306,7 +307,8 @@ def test_the_product_is_the_student_alone() -> None:
 
 def test_mixed_labels_count_as_the_larger_class() -> None:
     method = distiller({"ofa": OFA([], 1.5)}, augmentor=Mix(CLASSES))
-    batch = prepared(method)
+    batch = prepared(method, step=MIXED)
+    assert (batch["train"]["target"] > 0).sum() > 4, "an image has both its classes"
     logits = method.players["student"](batch["train"]["image"]).logits
     label = batch["train"]["target"].argmax(1)
     expected = ofa_loss(logits, batch["teacher"]["logits"], label, 1.5)

@@ -69,7 +69,7 @@ def test_empty_opposite_and_large_features_are_finite(features, row: float) -> N
     value = pkt_loss(student, 1e4 * features[1].float())
     (gradient,) = torch.autograd.grad(value, student)
     assert value.isfinite()
-    assert gradient.isfinite().all()
+    assert gradient.abs().max() < 100
 
 
 def test_cosines_that_rounding_takes_below_minus_one_are_finite() -> None:

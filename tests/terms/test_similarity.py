@@ -64,6 +64,14 @@ def test_features_of_any_size_are_finite(features, factor: float) -> None:
     assert gradient.isfinite().all()
 
 
+def test_an_image_without_features_pulls_on_nothing(features) -> None:
+    student = features[0].detach().clone()
+    student[1] = 0
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(similarity_preserving_loss(student, features[1]), student)
+    assert gradient.abs().max() < 100
+
+
 def test_half_precision_and_autocast_change_no_digit(features) -> None:
     student, teacher = features[0].detach().bfloat16(), features[1].bfloat16()
     value = similarity_preserving_loss(student.float(), teacher.float())

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import distiller, play, prepared
+from distilling import distiller, net, play, prepared
 
 from visiondistill.losses import taid_loss
-from visiondistill.terms import TAID
+from visiondistill.teachers import Online
+from visiondistill.terms import TAID, Peer
 
 
 def followed(term: TAID, losses: list[float]) -> tuple[list[float], list[float]]:
@@ -78,6 +79,16 @@ def test_micro_batches_are_one_update(tmp_path: Path) -> None:
     play(split, tmp_path / "split", grad_accum_steps=2)
     for name in ("share", "momentum", "loss_before"):
         torch.testing.assert_close(getattr(split.parts["taid"], name), getattr(whole.parts["taid"], name))
+
+
+def test_two_of_them_and_a_peer_keep_to_their_own_lines(tmp_path: Path) -> None:
+    terms = {"slow": TAID(steps=60), "taid": TAID(steps=6), "theirs": Peer(TAID(steps=12, start=0.0))}
+    method = distiller(terms, teacher=Online(net(6, 9, seed=5)))
+    play(method, tmp_path / "run", steps=6)
+    shares = {"slow": 0.45, "taid": 0.9, "theirs": 5 / 12}
+    for name, term in {**method.parts, "theirs": method.parts["theirs"].term}.items():
+        if name in shares:
+            assert term.share.item() == pytest.approx(shares[name], abs=4e-3)
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 5, "start": 0.9, "end": 0.5}, {"steps": 5, "end": 1.5}])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Batch
 from visiondistill.engine.rng import Draw
 from visiondistill.parts import Part
+
+if TYPE_CHECKING:
+    from visiondistill.models.network import Network
+    from visiondistill.teachers.base import Teacher
 
 
 class Chain(Part):
@@ -35,6 +40,10 @@ class Chain(Part):
         views = [part.views for part in parts]
         self.views = None if None in views else frozenset().union(*views)
         self.soft_labels = any(getattr(part, "soft_labels", False) for part in parts)
+
+    def connect(self, student: Network, teacher: Teacher | None) -> None:
+        for part in self.chain:
+            part.connect(student, teacher)
 
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         for part in self.chain:

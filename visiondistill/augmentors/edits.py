@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.rng import Draw
 
 MOVES = ("turn", "right", "down", "wide", "high", "shear")
@@ -24,10 +25,12 @@ class Edit(nn.Module):
 
     Attributes:
         mixes: it puts a share of the partner into the image, whose label is then mixed as well.
+        channels: of the images; None for any.
         frozen: networks that it only reads, by name.
     """
 
     mixes: bool = False
+    channels: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,16 @@ class Edit(nn.Module):
         self.frozen: dict[str, nn.Module] = {}
 
     def encode(self, image: Tensor) -> Tensor:
-        """What it reads of images, `[B, ...]`, whatever it has learned: asked once a step. By default themselves."""
+        """What it reads of images, `[B, ...]`, whatever it has learned: asked once a step. By default themselves.
+
+        Raises:
+            SettingsError: images of other channels.
+        """
+        if self.channels not in (None, image.shape[1]):
+            raise SettingsError(
+                f"{type(self).__name__} is for images of {self.channels} channels, these have {image.shape[1]}: set "
+                f"channels: {image.shape[1]}"
+            )
         return image
 
     def noise(self, image: Tensor, draw: Draw, tag: str) -> Tensor:
@@ -102,6 +114,7 @@ class Affine(Edit):
         width: int = 16,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.moves = Moves(turn, translation, scale, shear)
         self.net = nn.Sequential(
             nn.Conv2d(channels + NOISES, width, 3, stride=2, padding=1),
@@ -193,7 +206,7 @@ class Mask(Edit):
         super().__init__()
         if not 0 < most <= 1 or cells < 1:
             raise ValueError(f"need most in (0, 1] and cells >= 1, got {most} and {cells}")
-        self.most, self.cells = most, cells
+        self.most, self.cells, self.channels = most, cells, channels
         self.net = nn.Sequential(
             nn.Conv2d(2 * channels + 1, width, 3, padding=1),
             nn.GroupNorm(1, width),

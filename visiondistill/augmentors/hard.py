@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visiondistill.augmentors.edits import Edit
-from visiondistill.augmentors.mix import soft_target
+from visiondistill.augmentors.mix import labels_of, soft_target
 from visiondistill.augmentors.pictures import draw_edits
 from visiondistill.engine.across import mean_across
 from visiondistill.engine.errors import SettingsError
@@ -205,7 +205,7 @@ class Hard(Part):
         draw_edits(self.edit, images.to(self.clean.device), folder / "edits.png")
 
     def _mixed(self, data: Batch, share: Tensor) -> Batch:
-        label = data["label"]
+        label = labels_of(data)
         partner = label[torch.arange(len(label), device=label.device) ^ 1]
         target = soft_target(label, self._classes, share) + soft_target(partner, self._classes, 1 - share)
         return {name: value for name, value in data.items() if name != "label"} | {"target": target}

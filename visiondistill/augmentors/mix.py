@@ -1,13 +1,14 @@
 """Two images in one, with the labels of both.
 
-Zhang, Cisse, Dauphin, Lopez-Paz: mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412.
-Yun, Han, Oh, Chun, Choe, Yoo: CutMix, ICCV 2019, arXiv 1905.04899.
+Zhang, Cisse, Dauphin, Lopez-Paz: mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412, section 2.
+Yun, Han, Oh, Chun, Choe, Yoo: CutMix, ICCV 2019, arXiv 1905.04899, equations 1 and 2.
 Gamma variates: Marsaglia, Tsang: A Simple Method for Generating Gamma Variables, ACM TOMS 26(3), 2000.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.method import Batch
 from visiondistill.engine.rng import Draw
 from visiondistill.parts import Part
+
+if TYPE_CHECKING:
+    from visiondistill.models.network import Network
+    from visiondistill.teachers.base import Teacher
 
 TRIES = 24
 """Candidates per gamma variate. Each is taken with a probability above 0.95, so that none is with 1e-31."""
@@ -71,6 +76,13 @@ class Mix(Part):
         self.num_classes, self.mixup, self.cutmix, self.probability = num_classes, mixup, cutmix, probability
         self.switch = switch if mixup and cutmix else float(bool(cutmix))
 
+    def connect(self, student: Network, teacher: Teacher | None) -> None:
+        if student.num_classes not in (None, self.num_classes):
+            raise SettingsError(
+                f"Mix makes labels of {self.num_classes} classes, and the student tells {student.num_classes} apart: "
+                f"set num_classes: {student.num_classes}"
+            )
+
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         data, draw = batch[TRAIN], draw.of(TRAIN)
         image = data["image"]
@@ -83,7 +95,7 @@ class Mix(Part):
         # Autocast would round pixels.
         with torch.autocast(image.device.type, enabled=False):
             image, share = self._mixed(image, partner, draw)
-        label = data["label"] if "label" in data else torch.full_like(partner, -1)
+        label = labels_of(data)
         mix = {"share": share, "partner": partner, "label": label, "partner_label": label[partner]}
         target = soft_target(label, self.num_classes, share) + soft_target(label[partner], self.num_classes, 1 - share)
         rest = {name: value for name, value in data.items() if name != "label"}
@@ -137,6 +149,12 @@ def _log_gamma_variate(alpha: float, draw: Draw, tag: str) -> Tensor:
     taken = (cube > 0) & ((1 - uniform).log() < normal.square() / 2 + d - d * cube + d * log_cube)
     first = taken.to(torch.uint8).argmax(1, keepdim=True)
     return math.log(d) + log_cube.gather(1, first)[:, 0] + (1 - power[:, 0]).log() / alpha
+
+
+def labels_of(data: Batch) -> Tensor:
+    """Of a batch, int64 `[B]`; -1 throughout where its images have none."""
+    image = data["image"]
+    return data["label"] if "label" in data else torch.full((len(image),), -1, device=image.device)
 
 
 def soft_target(label: Tensor, num_classes: int, share: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention transfer.
 
-Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928, as a
-mean over positions. Odd powers, which code in circulation leaves with their sign, are refused.
+Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928, equation 2,
+as a mean over positions. Odd powers, which code in circulation leaves with their sign, are refused.
 """
 
 from __future__ import annotations

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import adaptive_avg_pool2d
 
 Reduction = Literal["mean", "none"]
+
+SMALLEST_NORM = 1e-12
 
 
 def lift(x: Tensor) -> Tensor:
@@ -24,6 +28,12 @@ def paired_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tenso
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     return lift(student_logits), lift(teacher_logits)
+
+
+def check_labels(target: Tensor, logits: Tensor) -> None:
+    """Raises ValueError unless there is one label per row: a gather by fewer leaves rows out and says nothing."""
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"target must be [B] of logits {tuple(logits.shape)}, got {tuple(target.shape)}")
 
 
 def paired_features(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +57,13 @@ def maps_of_one_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[
     size = [min(a, b) for a, b in zip(both[0].shape[-2:], both[1].shape[-2:], strict=True)]
     student, teacher = (held if list(held.shape[-2:]) == size else adaptive_avg_pool2d(held, size) for held in both)
     return student, teacher
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Unit vectors along the last dimension; where there is no length there is no direction: 0, without gradient."""
+    length = vector_norm(vectors, dim=-1, keepdim=True)
+    # Divided by a small number instead, a vector of 0 would have a gradient of its reciprocal.
+    return vectors / length.masked_fill(length < SMALLEST_NORM, math.inf)
 
 
 def positive_temperature(temperature: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from visiondistill.losses.common import Reduction, paired_logits, positive_temperature, reduce
+from visiondistill.losses.common import Reduction, check_labels, paired_logits, positive_temperature, reduce
 from visiondistill.losses.kd import divergence
 
 
@@ -40,6 +40,7 @@ def dkd_loss(
     """
     positive_temperature(temperature)
     student, teacher = paired_logits(student_logits, teacher_logits)
+    check_labels(target, student)
     if student.shape[1] < 2:
         raise ValueError(f"dkd_loss needs at least 2 classes, got logits {tuple(student.shape)}")
     others = _other_classes(target, student.shape[1])

@@ -6,14 +6,13 @@ Direction, arXiv 2305.17007; as in the released code, which divides by 0 where a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import normalize
 
-from visiondistill.losses.common import Reduction, lift, reduce
-
-SMALLEST_NORM = 1e-12
+from visiondistill.losses.common import SMALLEST_NORM, Reduction, directions, lift, reduce
 
 
 def nd_loss(
@@ -30,7 +29,8 @@ def nd_loss(
 
     Args:
         student_features, teacher_features: `[B, D]`, pooled; the student's after its adapter.
-        class_means: `[K, D]` of the teacher's features. A class whose mean is 0 has no direction: its rows give 1.
+        class_means: `[K, D]` of the teacher's features. A class whose mean is 0 has no direction: its rows give 1,
+            and so do rows in which both features are 0.
         target: `[B]` int64 in [0, K).
         reduction: "mean" over rows, or "none" for `[B]`.
 
@@ -43,6 +43,7 @@ def nd_loss(
             f"{tuple(teacher_features.shape)} and {tuple(class_means.shape)}"
         )
     student, teacher = lift(student_features), lift(teacher_features)
-    direction = normalize(lift(class_means)[target], dim=1, eps=SMALLEST_NORM)
-    longer = torch.maximum(vector_norm(student, dim=1), vector_norm(teacher, dim=1)).clamp(min=SMALLEST_NORM)
+    direction = directions(lift(class_means)[target])
+    longer = torch.maximum(vector_norm(student, dim=1), vector_norm(teacher, dim=1))
+    longer = longer.masked_fill(longer < SMALLEST_NORM, math.inf)
     return reduce(1 - (student * direction).sum(1) / longer, reduction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from visiondistill.losses.common import Reduction, paired_logits, positive_temperature, reduce
+from visiondistill.losses.common import Reduction, check_labels, paired_logits, positive_temperature, reduce
 
 
 def pld_loss(
@@ -35,6 +35,7 @@ def pld_loss(
     """
     positive_temperature(temperature)
     student, teacher = paired_logits(student_logits, teacher_logits)
+    check_labels(target, student)
     ranks = teacher.detach().scatter(1, target[:, None], float("inf"))
     order = ranks.argsort(dim=1, descending=True, stable=True)
     weight = softmax(teacher / temperature, -1).gather(1, order)

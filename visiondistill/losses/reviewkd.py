@@ -1,7 +1,7 @@
 """Hierarchical context loss of knowledge review.
 
-Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv 2104.09044; the
-levels and their weights as in the released code.
+Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv 2104.09044,
+section 3.3 and figure 3b; the levels and their weights as in the released code.
 """
 
 from __future__ import annotations

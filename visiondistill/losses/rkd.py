@@ -1,16 +1,17 @@
 """Relational knowledge distillation.
 
-Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068, sections 3.2.1 and 3.2.2;
-means over all entries, and a gradient through the student's mean distance, as in the released code.
+Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068, equations 5 to 9
+(sections 3.2.1 and 3.2.2); means over all entries, and a gradient through the student's mean distance, as in the
+released code.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, smooth_l1_loss
+from torch.nn.functional import smooth_l1_loss
 
-from visiondistill.losses.common import lift
+from visiondistill.losses.common import directions, lift
 
 SMALLEST_SQUARE = 1e-12
 
@@ -62,7 +63,7 @@ def _distances(differences: Tensor) -> Tensor:
 
 def _angles(differences: Tensor) -> Tensor:
     """Cosines `[B, B, B]` at vertex i between the directions to j and k."""
-    directions = normalize(differences, dim=2)
+    towards = directions(differences)
     # Autocast would round cosines, whose differences are small.
-    with torch.autocast(directions.device.type, enabled=False):
-        return directions @ directions.mT
+    with torch.autocast(towards.device.type, enabled=False):
+        return towards @ towards.mT

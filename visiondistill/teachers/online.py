@@ -1,6 +1,6 @@
 """A teacher that learns together with the student.
 
-Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384.
+Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384, section 3.1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Terms with the roles exchanged, as in mutual learning.
 
-Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384.
+Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018, arXiv 1706.00384, section 3.1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from visiondistill.engine.errors import SettingsError
+from visiondistill.engine.method import Batch, Carry
+from visiondistill.engine.rng import Draw
 from visiondistill.models.network import Network
 from visiondistill.teachers.base import Teacher
 from visiondistill.terms.base import Term, View
@@ -42,5 +44,11 @@ class Peer(Term):
         if teacher is None or not teacher.online:
             raise SettingsError(f"a peer ({type(self.term).__name__}) needs a teacher that learns: teachers.Online")
 
+    def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
+        return self.term.prepare(batch, draw, due)
+
     def forward(self, view: View) -> Tensor:
         return self.term(view)
+
+    def after(self, turn: str, carry: Carry) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        return {f"term.{state}": value for state, value in self.term.after(turn, carry).items()}

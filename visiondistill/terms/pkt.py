@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from visiondistill.engine.across import gather_across
-from visiondistill.losses.common import lift
+from visiondistill.losses.common import directions, lift
 from visiondistill.losses.kd import divergence
 from visiondistill.terms.base import Needs, Term, View
 
@@ -43,10 +42,10 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 def _log_picks(features: Tensor) -> Tensor:
     """`[B, D]` to logarithms of probabilities `[B, B]`."""
-    directions = normalize(lift(features), dim=1)
+    rows = directions(lift(features))
     # Autocast would round cosines, whose differences are small.
-    with torch.autocast(directions.device.type, enabled=False):
-        cosines = directions @ directions.mT
+    with torch.autocast(rows.device.type, enabled=False):
+        cosines = rows @ rows.mT
     # Rounding takes them below -1.
     kernel = (0.5 + 0.5 * cosines).clamp(min=0) + SMALLEST_KERNEL
     return kernel.log() - kernel.sum(1, keepdim=True).log()

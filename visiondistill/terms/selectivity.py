@@ -1,7 +1,7 @@
 """Neuron selectivity transfer.
 
-Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017, arXiv 1707.01219, with its
-polynomial kernel of degree 2 and no constant.
+Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017, arXiv 1707.01219,
+equation 3, with its polynomial kernel of degree 2 and no constant.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Similarity-preserving distillation.
 
-Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682.
+Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682, equation 4.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from visiondistill.engine.across import gather_across
-from visiondistill.losses.common import lift
+from visiondistill.losses.common import directions, lift
 from visiondistill.terms.base import Needs, Term, View
 
 
@@ -43,7 +42,7 @@ def _similarities(feature: Tensor) -> Tensor:
     rows = rows / rows.detach().abs().amax().clamp(min=1e-12)
     # Autocast would round products, whose differences are small.
     with torch.autocast(rows.device.type, enabled=False):
-        return normalize(rows @ rows.mT, dim=1)
+        return directions(rows @ rows.mT)
 
 
 class SimilarityPreserving(Term):

@@ -41,13 +41,18 @@ class TAID(Term):
         self.register_buffer("momentum", torch.tensor(0.0))
         self.register_buffer("loss_before", torch.tensor(-1.0))
 
+    @property
+    def key(self) -> str:
+        """Where a batch has the line's share; of the settings, so that terms with others do not write over it."""
+        return f"taid.{self.start}.{self.end}.{self.steps}"
+
     def prepare(self, batch: Batch, draw: Draw, due: frozenset[str]) -> Batch:
         line = self.start + (self.end - self.start) * draw.step / self.steps
-        return batch | {"taid_line": torch.full((), line, dtype=torch.float32, device=draw.device)}
+        return batch | {self.key: torch.full((), line, dtype=torch.float32, device=draw.device)}
 
     def forward(self, view: View) -> Tensor:
         values = taid_loss(view.logits, view.teacher_logits, self.share, reduction="none")
-        view.carry |= {"loss": mean_across(values.detach().mean()), "line": view.batch["taid_line"]}
+        view.carry |= {"loss": mean_across(values.detach().mean()), "line": view.batch[self.key]}
         return values
 
     def after(self, turn: str, carry: Carry) -> dict[str, Tensor]:
