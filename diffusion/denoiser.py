@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
                 or a tensor `[B]`.
             guidance_interval: (low, high) in the process's own time (EDM: sigma), both included; at other
                 times, frame by frame, the conditional prediction counts alone (Kynkäänniemi et al. 2024,
-                arXiv 2404.07724). None: all times. Both branches are evaluated at every time.
+                arXiv 2404.07724, equations 5 and 6). None: all times. Both branches are evaluated at every time.
             guidance_rescale: phi of `rescale_guidance`, in [0, 1], on what the network predicts; 0 is off.
             null_condition: the unconditional branch's condition, of the condition's structure.
 

@@ -41,7 +41,7 @@ class Generator(nn.Module):
     """
 
     finetune_command = "visiondistill train --recipe denoising --data.root DIR --data.size N"
-    """Makes a teacher of other classes. (A label table with a null label besides: say num_classes.)"""
+    """Makes a teacher of other classes."""
 
     notes: Sequence[str] = ()
     """What a preflight says of where it comes from."""

@@ -83,9 +83,9 @@ def ddim(
     """
 
     def step(i: int, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        prediction = model(x, expand_time(t, x))
-        x0 = process.convert(prediction, x, t, prediction_type, "x0")
-        eps = process.convert(prediction, x, t, prediction_type, "eps")
+        prediction, wide = model(x, expand_time(t, x)), lift(x)
+        x0 = process.convert(prediction, wide, t, prediction_type, "x0")
+        eps = process.convert(prediction, wide, t, prediction_type, "eps")
         noise = _noise(noises, i, x) if eta else None
         return ddim_step(x, x0, t, r, process, eps=eps, eta=eta, noise=noise)
 
@@ -118,14 +118,14 @@ def ddim_step(
     """
     if eta and noise is None:
         raise ValueError(f"eta={eta} needs noise; eta=0 is deterministic")
-    eps = process.convert(x0, x_t, t, "x0", "eps") if eps is None else eps
+    x0, eps = lift(x0), process.convert(x0, lift(x_t), t, "x0", "eps") if eps is None else lift(eps)
     alpha_r, sigma_r = lead(process.alpha(r), x_t), lead(process.sigma(r), x_t)
     if not eta:
         return (alpha_r * x0 + sigma_r * eps).to(x_t.dtype)
     alpha_t, sigma_t = lead(process.alpha(t), x_t), lead(process.sigma(t), x_t)
     s = eta * (sigma_r / sigma_t) * (sigma_t**2 - (alpha_t / alpha_r * sigma_r) ** 2).clamp(min=0).sqrt()
     kept = (sigma_r**2 - s**2).clamp(min=0).sqrt()
-    return (alpha_r * x0 + kept * eps + s * noise).to(x_t.dtype)
+    return (alpha_r * x0 + kept * eps + s * lift(noise)).to(x_t.dtype)
 
 
 def ddim_invert(
@@ -144,9 +144,9 @@ def ddim_invert(
     """
 
     def step(i: int, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        prediction = model(x, expand_time(r, x))
-        clean = process.convert(prediction, x, t, prediction_type, "x0")
-        eps = process.convert(prediction, x, t, prediction_type, "eps")
+        prediction, wide = model(x, expand_time(r, x)), lift(x)
+        clean = process.convert(prediction, wide, t, prediction_type, "x0")
+        eps = process.convert(prediction, wide, t, prediction_type, "eps")
         return ddim_step(x, clean, t, r, process, eps=eps)
 
     return _walk(x0, timesteps, step, return_trajectory)
@@ -271,17 +271,17 @@ def _walk(x: Tensor, timesteps: Times, step: Step, return_trajectory: bool) -> S
 def _noised_again(x0: Tensor, noise: Tensor, t: Tensor, process: Process, sigma_min: float) -> Tensor:
     """The path's point at t of an x0 that holds noise of sigma_min already."""
     spread = (process.sigma(t) ** 2 - sigma_min**2).clamp(min=0).sqrt()
-    return (lead(process.alpha(t), x0) * x0 + lead(spread, x0) * noise).to(x0.dtype)
+    return (lead(process.alpha(t), x0) * lift(x0) + lead(spread, x0) * lift(noise)).to(x0.dtype)
 
 
 def _velocity(model: Model, x: Tensor, t: Tensor, process: Process, prediction_type: str) -> Tensor:
-    return process.convert(model(x, expand_time(t, x)), x, t, prediction_type, "velocity")
+    """At least float32, as all arithmetic on half precision."""
+    return lift(process.convert(model(x, expand_time(t, x)), lift(x), t, prediction_type, "velocity"))
 
 
 def _move(x: Tensor, velocity: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    dtype = lift(x).dtype
-    span = lead(r.double() - t.double(), x).to(dtype)
-    return (x + span * velocity).to(x.dtype)
+    span = lead(r.double() - t.double(), x).to(lift(x).dtype)
+    return (x + span * lift(velocity)).to(x.dtype)
 
 
 def _noise(noises: Sequence[Tensor] | None, i: int, x: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def msd_student_index(labels: Tensor | int, num_students: int, num_classes: int)
     """
     if not 1 <= num_students <= num_classes:
         raise ValueError(f"num_students={num_students} is not allowed: 1 to num_classes ({num_classes})")
-    return labels * num_students // num_classes
+    # Products of labels of 8 bits would wrap.
+    wide = labels.long() if isinstance(labels, Tensor) else labels
+    return wide * num_students // num_classes
 
 
 @torch.no_grad()

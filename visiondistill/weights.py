@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visiondistill.engine.errors import some
 from visiondistill.engine.state import sha256_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel and DDP, torch.compile, and training wrappers put before a model's own names."""
 COUNTER = "num_batches_tracked"
-SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Where a network's weights come from.
 
     Attributes:
@@ -45,7 +45,7 @@ class Source:
         return "; ".join(filter(None, told))
 
 
-def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], Source]:
+def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], WeightsSource]:
     """The state dict in a file, or in the only weight file of a folder.
 
     Args:
@@ -62,10 +62,10 @@ def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, 
     content = _load(file)
     name, tensors = _state_dict(content, entry, file)
     notes = (f"took the entry '{name}'",) if name else ()
-    return tensors, Source("file", str(file), sha256_of(file), notes)
+    return tensors, WeightsSource("file", str(file), sha256_of(file), notes)
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> Source:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: WeightsSource) -> WeightsSource:
     """Put a state dict into a model: the two must have the same tensors.
 
     While the model knows none of the names, known prefixes that all of them share are stripped;
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Source
     lifted = sorted({_short(t.dtype) for name, t in tensors.items() if _is_lifted(t, own[name])})
     notes += [f"lifted {kind} to {_short(_precision(own))}" for kind in lifted]
     model.load_state_dict(tensors)
-    return Source(source.kind, source.file, source.sha256, (*source.notes, *notes))
+    return WeightsSource(source.kind, source.file, source.sha256, (*source.notes, *notes))
 
 
 def weight_file(path: str | Path) -> Path:
@@ -133,7 +133,7 @@ def _load(file: Path) -> Any:
             f"it is opened; it was not. Where you trust it, save its state dict as safetensors and name that file "
             f"({first})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, struct.error, AttributeError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, struct.error, AttributeError, LookupError) as error:
         raise ValueError(f"weights {file}: not a readable PyTorch file ({error})") from error
 
 
@@ -149,7 +149,7 @@ def _state_dict(content: Any, entry: str | None, file: Path) -> tuple[str, dict[
     if entry in candidates:
         return entry, dict(content[entry])
     if not candidates:
-        raise ValueError(f"weights {file}: no state dict among its entries {_listed(map(str, content))}")
+        raise ValueError(f"weights {file}: no state dict among its entries {some(map(str, content))}")
     if entry is None:
         raise ValueError(f"weights {file}: several state dicts, {', '.join(candidates)}: choose one by weights_entry")
     raise ValueError(f"weights {file}: no state dict {entry!r}; there are {', '.join(candidates)}")
@@ -200,7 +200,7 @@ def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str |
         "of another kind": miscast,
     }
     if any(complaints.values()):
-        told = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in complaints.items() if names)
+        told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in complaints.items() if names)
         raise ValueError(f"weights {file} do not fit {model} ({len(own)} tensors): {told}. Nothing was loaded")
 
 
@@ -214,9 +214,3 @@ def _precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -116,10 +116,21 @@ def mean_distance(x: Tensor, label: Tensor | None = None) -> float | None:
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """2E|x - y| - E|x - x'| - E|y - y'| over distinct pairs: unbiased, 0 for equal laws (so it may be negative).
 
-    Source: Szekely and Rizzo 2013. `x [N, D]`, `y [M, D]`, N and M at least 2.
+    Source: Szekely and Rizzo 2013.
+
+    Args:
+        x: `[N, D]` of few dimensions; `y` `[M, D]`.
+
+    Raises:
+        ValueError: points of unequal dimension, or fewer than 2 rows.
     """
-    within = (torch.pdist(each).mean(dtype=torch.float64) for each in (x, y))
-    return float(2 * torch.cdist(x, y).mean(dtype=torch.float64) - sum(within))
+    _same_width(x, y)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"need at least 2 rows on either side, got {len(x)} and {len(y)}")
+    x, y = x.double(), y.double()
+    # By differences: by products, points that lie close together away from the origin would lose their distances.
+    across = [torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist").sum() for rows in x.split(ROWS)]
+    return float(2 * sum(across) / (len(x) * len(y)) - torch.pdist(x).mean() - torch.pdist(y).mean())
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> float:
@@ -161,9 +172,11 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 def _within(points: Tensor, centres: Tensor, k: int) -> float:
     """Share of the points that lie in at least one ball."""
+    # Equal points seem apart by the rounding of products, less than by that of the features themselves.
+    slack = torch.finfo(torch.float32).eps * centres.norm(dim=1).max()
     # The nearest neighbour of a point is itself.
     radius = torch.cat([rows.kthvalue(k + 1).values for rows in _distances(centres, centres)])
-    inside = [(rows <= radius).any(1) for rows in _distances(points, centres)]
+    inside = [(rows <= radius + slack).any(1) for rows in _distances(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 

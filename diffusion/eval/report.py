@@ -142,13 +142,15 @@ def evaluate_generator(
         cache: folder where features of the reference are kept; None keeps none.
 
     Raises:
-        SettingsError: an unknown metric, `fid` beside other extractors, fewer than 4 images on either
-            side, images of different sizes, a classifier without labels, or images that are not in [0, 1].
+        SettingsError: an unknown metric, `fid` beside other extractors, fewer than 4 images on either side, no
+            batch, images of different sizes, a classifier without labels, or images that are not in [0, 1].
     """
     extractors = [extractors] if isinstance(extractors, Extractor) else list(extractors)
     real, steps = Reference.of(reference, split), steps or generator.steps
     _check_extractors(extractors, metrics)
     _check_images(generator, real, count, classifier)
+    if batch_size < 1:
+        raise SettingsError(f"batch_size={batch_size} is not allowed: at least 1")
     laps: list[tuple[int, float]] = []
     stream = generator.images(count, batch_size=batch_size, steps=steps, seed=seed)
     with evaluating(generator):

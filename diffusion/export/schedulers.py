@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that walk as a generator samples, every field of theirs said."""
+"""Schedulers of diffusers that walk as a generator samples, with every field written out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scheduler_for(generator: Generator, steps: int) -> Any:
     """A scheduler under which `num_inference_steps=steps` is `generator.sample(..., steps=steps)`.
 
     Raises:
-        ValueError: no scheduler of diffusers walks so; the message says which part of it cannot be said.
+        ValueError: no scheduler of diffusers walks so; the message says which setting it cannot express.
     """
     process, sampler = generator.process, generator.sampler
     make = {
@@ -59,6 +59,7 @@ def _ddim(generator: Generator, steps: int) -> Any:
     from diffusers import DDIMScheduler
 
     process = generator.process
+    _check_landings(generator, steps)
     return DDIMScheduler(
         **_table_fields(generator),
         steps_offset=getattr(process, "steps_offset", 0),
@@ -178,6 +179,20 @@ def _check_grid(scheduler: Any, generator: Generator, steps: int) -> None:
                 f"{type(scheduler).__name__} cannot walk the {steps} times {_said(ours)}; its own: {_said(theirs)}. "
                 f"Take a number of steps that divides the table, or a linear path without shift and snapping"
             )
+
+
+def _check_landings(generator: Generator, steps: int) -> None:
+    """DDIMScheduler goes down by T // steps from each of its times, whichever comes next among them."""
+    times = generator.times(steps)
+    landings = (times[:-1] - generator.process.alphas_cumprod.numel() // steps).clamp(min=-1)
+    wrong = (landings != times[1:]).nonzero().flatten().tolist()
+    if wrong:
+        at = wrong[0]
+        raise ValueError(
+            f"DDIMScheduler cannot walk the {steps} times {_said(times[:-1])}: from {times[at]} it goes to "
+            f"{landings[at]}, not to {times[at + 1]}. Take timestep_spacing 'leading', or 'trailing' with a number of "
+            f"steps that divides the table"
+        )
 
 
 def _said(times: torch.Tensor) -> str:

@@ -1,4 +1,8 @@
-"""Adversarial losses on logits `[B]` or `[B, heads]`."""
+"""Adversarial losses on logits `[B]` or `[B, heads]`.
+
+The relativistic pairing is equation 2 of Huang et al. 2024 (R3GAN, arXiv 2501.05441), whose critic is higher on
+generated samples, with a generator that does not saturate.
+"""
 
 from __future__ import annotations
 

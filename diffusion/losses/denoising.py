@@ -37,7 +37,7 @@ def denoising_loss(
     Raises:
         ValueError: unknown prediction type or reduction, shapes that differ, or a missing input.
     """
-    same_shape(prediction=prediction, x0=x0)
+    same_shape(prediction=prediction, x0=x0, noise=x0 if noise is None else noise)
     target = _target(lift(x0), noise, prediction_type, alpha, sigma).detach()
     squares = (lift(prediction) - target) ** 2
     if weight is not None:

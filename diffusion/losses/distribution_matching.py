@@ -22,13 +22,14 @@ def dmd_loss(
 
     g = (fake_x0 - teacher_x0) / max(mean|x - teacher_x0| per sample, floor) * weight, and the value
     is mean(g^2)/2, which is not a sign of convergence. It is 0, and so is its gradient, where the
-    two scores agree. Source: Yin et al. 2024 (DMD, and DMD2's release, which has no alpha_t).
+    two scores agree. Source: Yin et al. 2024 (DMD, equations 7 and 8, and DMD2's
+    release, which has no alpha_t).
 
     Args:
         x: generated samples `[B, ...]`.
         teacher_x0: the frozen teacher's x0 at the noised x, guided where it is; no gradient.
         fake_x0: the x0 of the score model of generated samples; no gradient.
-        normalize: False is Diff-Instruct and VSD (whose gradient is ours times numel(x)/B).
+        normalize: False is Diff-Instruct (equation 3.2) and VSD (whose gradient is ours times numel(x)/B).
         weight: `[B]`, per sample: alpha_t for the paper's DMD, `fdistill_weight` for f-distill.
         mask: bool, leading or of x's rank: the mean is over selected elements, the normaliser over all.
         floor: least normaliser, so that x = teacher_x0 stays finite.
@@ -66,8 +67,8 @@ def sid_loss(
     """Score identity distillation: sum of d*((teacher_x0 - x) - alpha*d) / max(mean|x - teacher_x0|, floor).
 
     d = teacher_x0 - fake_x0. The graph through teacher_x0, fake_x0 and x is kept: the score networks
-    must be called with gradient. Source: Zhou et al. 2024 (SiD), without the released code's
-    factor of 100.
+    must be called with gradient. Source: Zhou et al. 2024 (SiD), equations 22 and 23, without
+    the released code's factor of 100.
 
     Args:
         x, teacher_x0, fake_x0: `[B, ...]`.

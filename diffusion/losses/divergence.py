@@ -1,4 +1,4 @@
-"""f-distill: weights that turn DMD's reverse KL into other f-divergences (Xu et al. 2025)."""
+"""f-distill: weights that turn DMD's reverse KL into other f-divergences (Xu et al. 2025, table 1)."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def fdistill_weight(
     """
     choose("divergence", divergence, tuple(WEIGHTS))
     ratio = density_ratio(fake_logits, logit_clip=logit_clip, bounds=bounds)
-    weight = WEIGHTS[divergence](ratio if bin_mean is None else ratio / bin_mean)
+    weight = WEIGHTS[divergence](ratio if bin_mean is None else ratio / bin_mean.float())
     return weight / weight.mean()

@@ -16,7 +16,7 @@ def regression_loss(prediction: Tensor, target: Tensor, *, kind: str = "l2", red
         prediction: `[B, ...]`.
         target: of the same shape; no gradient.
         kind: "l2": mean squared error; "pseudo_huber": sqrt(mean squared error + c^2) - c with
-            c = 0.00054 (Song and Dhariwal 2023, whose norm is ours times sqrt(elements)).
+            c = 0.00054 (Song and Dhariwal 2023, table 1, whose norm is ours times sqrt(elements)).
 
     Returns:
         Scalar, or `[B]` with `reduction="none"`; at least float32.

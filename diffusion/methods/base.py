@@ -15,7 +15,7 @@ from diffusion.denoiser import Denoiser, Prediction
 from diffusion.generator import Generator
 from diffusion.losses import denoising_loss, edm_loss_weight
 from diffusion.models.latents import Codes
-from diffusion.process import Noised, Process, TimeLaw, block_times
+from diffusion.process import Noised, Process, TimeLaw, VPProcess, block_times
 from visiondistill.engine.method import Batch, Method, Stream
 from visiondistill.engine.rng import Draw
 
@@ -95,6 +95,23 @@ class GeneratorMethod(Method):
 def own_space(denoiser: Denoiser) -> str:
     """What the error of a denoiser is taken of where nobody says otherwise: what it predicts."""
     return "eps" if denoiser.prediction_type == "score" else denoiser.prediction_type
+
+
+def require_level(name: str, law: TimeLaw, process: Process) -> TimeLaw:
+    """The law itself. Raises ValueError where it leaves the path's times by more than its outermost thousandth."""
+    last = float(law(torch.tensor([0.999], dtype=torch.float64)))
+    if last > process.end_t:
+        raise ValueError(
+            f"{name}={law} is not allowed: it reaches {last:.6g}, and the times of {process!r} end at {process.end_t:g}"
+        )
+    return law
+
+
+def require_space(name: str, space: str, process: Process) -> str:
+    """The space itself. Raises ValueError for the velocity of a path that has none."""
+    if space == "velocity" and isinstance(process, VPProcess):
+        raise ValueError(f"{name}={space!r} is not allowed: a table has no continuous time; take 'v', 'eps' or 'x0'")
+    return space
 
 
 def denoising_error(prediction: Prediction, sample: Noised, space: str, sigma_data: float | None) -> Tensor:

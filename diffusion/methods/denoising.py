@@ -11,7 +11,16 @@ from torch.utils._pytree import tree_map
 
 from diffusion.generator import Generator
 from diffusion.losses.denoising import TARGETS
-from diffusion.methods.base import GeneratorMethod, condition_of, denoising_error, has_null, only, own_space
+from diffusion.methods.base import (
+    GeneratorMethod,
+    condition_of,
+    denoising_error,
+    has_null,
+    only,
+    own_space,
+    require_level,
+    require_space,
+)
 from diffusion.process import EDMProcess, FlowProcess, Process, TimeLaw
 from diffusion.tensors import choose, lead
 from visiondistill.engine.method import Batch, Carry, Stream, Terms, Turn
@@ -58,8 +67,8 @@ class Denoising(GeneratorMethod):
             streams=only(streams, "train", student, why="Denoising"),
             frame_block=frame_block,
         )
-        self.space = space or own_space(student.denoiser)
-        self.times, self.sigma_data = times or usual_law(self.process), sigma_data
+        self.space = require_space("space", space or own_space(student.denoiser), self.process)
+        self.times, self.sigma_data = require_level("times", times or usual_law(self.process), self.process), sigma_data
         self.label_dropout = label_dropout
 
     def turns(self) -> tuple[Turn, ...]:

@@ -1,8 +1,10 @@
 """Distribution matching: DMD2, and by its settings DMD and Diff-Instruct.
 
 DMD2: Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis"
-(arXiv 2405.14867). DMD (Yin et al. 2023, arXiv 2311.18828): `regression`, student_every=1, no `gan`.
-Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): normalize=False, student_every=1.
+(arXiv 2405.14867), equations 2 (matching), 3 (DMD's regression) and 4 (GAN), sections 4.2 (two time scales)
+and 4.5 (backward simulation).
+DMD (Yin et al. 2023, arXiv 2311.18828), equations 7 and 8: `regression`, student_every=1, no `gan`.
+Diff-Instruct (Luo et al. 2023, arXiv 2305.18455), equation 3.2: normalize=False, student_every=1.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from diffusion.methods.base import (
     has_null,
     only,
     own_space,
+    require_level,
     require_same_path,
+    require_space,
     trainable_copy,
 )
 from diffusion.models.networks import frozen_copy
@@ -162,14 +166,17 @@ class DMD2(GeneratorMethod):
         super().__init__(kept, players, frozen={"teacher": kept}, frame_block=frame_block)
         self.student_every, self.alternate, self.student_steps = student_every, alternate, student_steps
         self.guidance, self.normalize = guidance, normalize
-        self.critic_space, self.sigma_data = critic_space or own_space(self.players["fake_score"]), sigma_data
+        space = critic_space or own_space(self.players["fake_score"])
+        self.critic_space, self.sigma_data = require_space("critic_space", space, self.process), sigma_data
         self.times = self.process.student_times(student_steps).tolist()
-        self.score_times = score_times or self.process.time_law(*SCORE_RANGE)
-        self.critic_times = critic_times or self.process.time_law()
+        self.score_times = require_level(
+            "score_times", score_times or self.process.time_law(*SCORE_RANGE), self.process
+        )
+        self.critic_times = require_level("critic_times", critic_times or self.process.time_law(), self.process)
         self.gan, self._pairs = gan, None
         if gan is not None:
             self.streams |= only(streams, "train", teacher, why="the adversarial term")
-            self.gan_times = gan.times or self.process.time_law()
+            self.gan_times = require_level("gan.times", gan.times or self.process.time_law(), self.process)
             self.players["discriminator"] = self._discriminator()
         if regression is not None:
             # Not the folder: it may move, and what it holds is compared by value.

@@ -109,6 +109,18 @@ class Pipeline(Generator):
         )
         self.folder, self.notes = str(folder), noising.notes
 
+    @property
+    def finetune_command(self) -> str:
+        """Of a table that is taken for classes alone, first what makes its last row the null label."""
+        labels = self.conditions
+        if not isinstance(labels, ClassLabels) or labels.null:
+            return Generator.finetune_command
+        last = labels.num_classes - 1
+        return (
+            f"--teacher.num_classes {last} (where the last of its {last + 1} labels is a null label), or\n"
+            f"  {Generator.finetune_command}"
+        )
+
 
 def open_generator(folder: str | Path, **options: Any) -> Generator:
     """A pipeline folder of diffusers as a generator; options as of `Pipeline`."""
@@ -193,7 +205,7 @@ def load_model(folder: Path, source: list[str]) -> nn.Module:
         with without_bars():
             model, info = kind.from_pretrained(folder, **{precision: torch.float32}, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded (where a file is damaged, fetch it again): {error}") from error
     wrong = {which: sorted(map(str, info[f"{which}_keys"])) for which in ("missing", "mismatched", "unexpected")}
     if library == "transformers":
         wrong.pop("unexpected")  # older files hold buffers that are computed now
@@ -317,7 +329,10 @@ def _labels(folder: Path, network: nn.Module, num_classes: int | None) -> Condit
     table, null = _label_table(network)
     if table is None:
         if num_classes is not None:
-            raise ValueError(f"num_classes={num_classes}: the network in {folder} takes no class labels")
+            raise ValueError(
+                f"num_classes={num_classes}: the network in {folder} takes no class labels: say num_classes=null, also "
+                f"where the data have classes"
+            )
         return None
     classes = num_classes if num_classes is not None else table - null
     if not table - 1 <= classes <= table:

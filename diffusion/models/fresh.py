@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion.codecs import Pixels
 from diffusion.conditions import ClassLabels
@@ -15,6 +13,7 @@ from diffusion.denoiser import Denoiser, EDMPreconditioner, Interval
 from diffusion.generator import Generator, Sampler
 from diffusion.models.networks import DiffusersNetwork, OwnNetwork, checkpoint_gradients
 from diffusion.process import EDMProcess, Process, VPProcess
+from visiondistill.weights import load_weights, read_weights
 
 Prediction = Literal["x0", "eps", "v", "velocity"]
 
@@ -175,8 +174,8 @@ class Custom(Generator):
         time_scale: from the process's time to the network's: 0.001 for one that sees t/1000.
         low, high: range of pixels that it works on.
         num_classes: of class labels; the null label is `num_classes`.
-        weights: a safetensors file, or a PyTorch file that holds tensors alone, with the network's state
-            dict; None: as the network comes.
+        weights: file of the network's state dict, as of `visiondistill.weights.read_weights`; None: as the
+            network comes.
         steps, sampler, guidance_scale, guidance_interval, guidance_rescale: as of `Generator`.
         null_label: whether the network knows the null label; false: it cannot be guided.
 
@@ -203,7 +202,7 @@ class Custom(Generator):
         null_label: bool = True,
     ) -> None:
         if weights is not None:
-            _load(network, Path(weights))
+            load_weights(network, *read_weights(weights))
         super().__init__(
             Denoiser(OwnNetwork(network, time_scale), process, prediction_type),
             shape,
@@ -259,24 +258,3 @@ def _check_widths(size: int, widths: Sequence[int], groups: int) -> None:
         )
     if any(width % groups for width in widths):
         raise ValueError(f"norm_num_groups={groups} is not allowed: it must divide each of {list(widths)}")
-
-
-def _load(network: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"weights {file}: no such file")
-    try:
-        network.load_state_dict(_tensors(file))
-    except RuntimeError as error:
-        raise ValueError(f"weights {file} do not fit {type(network).__name__}: {error}") from error
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"weights {file} cannot be read as tensors alone: {error}") from error

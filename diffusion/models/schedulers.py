@@ -119,11 +119,14 @@ class SpacedVPProcess(VPProcess):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError, which names the file, where it is not JSON."""
+    """Raises ValueError, which names the file, where it is no JSON object."""
     try:
-        return json.loads(file.read_text("utf-8"))
+        read = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} holds a {type(read).__name__}, not an object of names: fetch it again")
+    return read
 
 
 def read_scheduler(folder: Path) -> Noising:

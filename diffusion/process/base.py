@@ -27,6 +27,11 @@ class Process:
     min_t: float = 0.0
     max_t: float = 1.0
 
+    @property
+    def end_t(self) -> float:
+        """Where the path itself ends, which grids need not reach."""
+        return self.max_t
+
     def _alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -215,5 +220,6 @@ def at_least_one(n: int) -> int:
 
 
 def _mix(x0: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    dtype = lift(x0).dtype
-    return (lead(a, x0).to(dtype) * x0 + lead(b, x0).to(dtype) * noise).to(x0.dtype)
+    # Lifted by name: a 0-d coefficient would leave half precision as it is.
+    x, n = lift(x0), lift(noise)
+    return (lead(a, x).to(x.dtype) * x + lead(b, x).to(x.dtype) * n).to(x0.dtype)

@@ -25,6 +25,10 @@ class EDMProcess(Process):
         self.sigma_max = self.max_t = sigma_max
         self.rho = rho
 
+    @property
+    def end_t(self) -> float:
+        return math.inf
+
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
@@ -75,6 +79,10 @@ class FlowProcess(Process):
                 f"got shift={shift}, num_steps={num_steps}, max_t={max_t}"
             )
         self.shift, self.num_steps, self.max_t = shift, num_steps, max_t
+
+    @property
+    def end_t(self) -> float:
+        return 1.0
 
     def _sigma(self, t: Tensor) -> Tensor:
         if self.num_steps is None:

@@ -271,3 +271,11 @@ def test_golden_curve(tmp_path: Path, equals_golden):
 def test_impossible_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Denoising(small_generator(), **{"streams": small_streams()} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"space": "velocity"}, "a table"), ({"times": TimeLaw(high=2000.0)}, "end at 999")]
+)
+def test_what_a_table_lacks_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Denoising(small_generator(VPProcess.from_betas(), "eps"), small_streams(), **options)

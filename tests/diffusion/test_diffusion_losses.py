@@ -165,6 +165,12 @@ def test_shapes_that_would_broadcast_are_refused(loss):
         loss(x, teacher, fake[:1])
 
 
+def test_noise_that_would_broadcast_is_refused():
+    x, x0, noise = triple()
+    with pytest.raises(ValueError, match=r"noise \(1, 3, 5, 5\)"):
+        denoising_loss(x, x0, noise[:1], prediction_type="eps")
+
+
 def test_dmd_compiles_to_one_graph():
     x, teacher, fake = triple()
     mask = torch.tensor([True, False, True, True])
@@ -392,6 +398,12 @@ def test_fdistill_weight_has_no_graph_and_rkl_is_dmd():
     assert torch.equal(fdistill_weight(logits, "rkl"), torch.ones(5))
     with pytest.raises(ValueError, match="'rkl', 'kl', 'js'"):
         fdistill_weight(logits, "tv")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_fdistill_weight_is_single_precision_whatever_it_is_given(dtype):
+    logits, means = torch.tensor([-1.0, 0.5], dtype=dtype), torch.tensor([1.0, 2.0], dtype=dtype)
+    assert fdistill_weight(logits, "kl", bin_mean=means).dtype == torch.float32
 
 
 def test_density_ratio_averages_heads_before_the_exponential_and_clamps():

@@ -435,6 +435,36 @@ def test_impossible_settings_are_refused(options, message):
         DMD2(teacher(), **options)
 
 
+TABLE = VPProcess.from_betas()
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "message"),
+    [
+        (TABLE, {"critic_space": "velocity"}, "critic_space='velocity' is not allowed: a table"),
+        (TABLE, {"score_times": TimeLaw("index", low=20, high=1200)}, r"score_times=.* reaches 1199, .* end at 999"),
+        (FlowProcess(), {"critic_times": TimeLaw("lognormal", mean=-1.2, std=1.2)}, r"critic_times=.* end at 1"),
+        (FlowProcess(), {"score_times": TimeLaw("index", low=20, high=980)}, r"score_times=.* end at 1"),
+    ],
+)
+def test_times_and_spaces_that_the_path_lacks_are_refused_before_the_first_step(process, options, message):
+    with pytest.raises(ValueError, match=message):
+        DMD2(small.small_generator(process, "eps"), **options)
+
+
+@pytest.mark.parametrize(
+    ("process", "law"),
+    [
+        (EDMProcess(), TimeLaw("lognormal", mean=-1.2, std=1.2)),
+        (FlowProcess(max_t=0.9), TimeLaw("uniform")),
+        (TABLE, TimeLaw("uniform", high=999.0)),
+    ],
+    ids=repr,
+)
+def test_times_of_the_whole_path_are_taken(process, law):
+    assert DMD2(small.small_generator(process, "eps"), score_times=law, critic_times=law).score_times == law
+
+
 def test_a_rate_below_one_is_refused():
     with pytest.raises(ValueError, match="student_every=0"):
         DMD2(teacher(), student_every=0)

@@ -167,6 +167,15 @@ def test_samples_keep_their_dtype(dtype):
         assert process.noised(x0, noise, t).of(kind).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((64,), 0.3).double()])
+def test_half_precision_is_rounded_once(dtype, t):
+    x0, noise = sample(64, dtype)
+    process = FlowProcess()
+    for made in (process.add_noise, process.velocity, lambda *at: process.noised(*at).of("v")):
+        assert torch.equal(made(x0, noise, t), made(x0.float(), noise.float(), t).to(dtype))
+
+
 def test_times_of_every_form_lead_the_batch():
     process = FlowProcess()
     video, noise = (torch.randn(2, 5, 3, 4, 4, dtype=torch.float64) for _ in range(2))

@@ -142,6 +142,19 @@ def test_grids_of_every_form(sampler):
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", [float, torch.tensor, lambda t: torch.full((8,), t)])
+@pytest.mark.parametrize("sampler", [euler, heun, ddim, ddim_invert])
+def test_half_precision_is_rounded_once_a_step(sampler, form):
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grid = [form(t) for t in ((0.4, 0.7) if sampler is ddim_invert else (0.7, 0.4))]
+
+    def walk(x):
+        # Most of x is taken off again, so that a rounded summand shows. (Heun's second call sees a rounded step.)
+        return sampler(lambda x, t: (3 * x.bfloat16()).to(x.dtype), x, grid, FlowProcess(), prediction_type="velocity")
+
+    torch.testing.assert_close(walk(x).float(), walk(x.float()), rtol=1.2 * 2**-8, atol=0)
+
+
 @pytest.mark.parametrize("sampler", [euler, heun, ddim, renoise])
 def test_trajectory_starts_at_the_input_and_ends_at_the_result(sampler):
     process = FlowProcess()

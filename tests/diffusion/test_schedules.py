@@ -41,6 +41,10 @@ def test_msd_blocks_are_consecutive_covering_and_even(students, classes):
     assert msd_student_index(classes - 1, students, classes) == students - 1
 
 
+def test_msd_takes_labels_of_8_bits():
+    assert msd_student_index(torch.tensor([0, 128, 255], dtype=torch.uint8), 4, 256).tolist() == [0, 2, 3]
+
+
 def test_msd_reference(shared_dir):
     for students, expected in load(shared_dir, "derived_msd_partition")["imagenet_consecutive"].items():
         assert torch.equal(msd_student_index(torch.arange(1000), int(students), 1000), expected)

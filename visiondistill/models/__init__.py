@@ -6,7 +6,7 @@ from visiondistill.models.create import ClassPath, Timm
 from visiondistill.models.loaded import LoadedNetwork, require_classes
 from visiondistill.models.network import Network, Outputs, as_network, evaluating
 from visiondistill.models.small import SmallConvNet, SmallMLP
-from visiondistill.models.weights import Source, load_weights, read_weights
+from visiondistill.weights import WeightsSource, load_weights, read_weights
 
 __all__ = [
     "ClassPath",
@@ -15,8 +15,8 @@ __all__ = [
     "Outputs",
     "SmallConvNet",
     "SmallMLP",
-    "Source",
     "Timm",
+    "WeightsSource",
     "as_network",
     "count_flops",
     "count_parameters",

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from visiondistill.models.network import Network, as_network, evaluating
+from visiondistill.models.network import as_network, evaluating
 
 
 def count_parameters(network: nn.Module, trainable: bool = False) -> int:
@@ -41,21 +41,9 @@ def count_flops(network: nn.Module, image_size: tuple[int, int, int] | None = No
     return counter.get_total_flops()
 
 
-def ideal_step_cost(teacher: nn.Module, student: nn.Module, image_size: tuple[int, int, int] | None = None) -> float:
+def ideal_step_cost(teacher_flops: int, student_flops: int) -> float:
     """A distillation step over a step without a teacher, if only operations counted: 1 + F_t / (3 F_s).
 
     The student's backward pass counts as two forward passes.
-
-    Args:
-        teacher, student: networks, or classifiers of pixels in [0, 1].
-        image_size: `(C, H, W)` of the images, for those that have no size of their own.
-
-    Raises:
-        ValueError: a network has no size of its own and none is given.
     """
-    teacher_flops, student_flops = (count_flops(net, _own_size(net) or image_size) for net in (teacher, student))
     return 1 + teacher_flops / (3 * student_flops)
-
-
-def _own_size(network: nn.Module) -> tuple[int, int, int] | None:
-    return network.input_size if isinstance(network, Network) else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +12,8 @@ from torch import nn
 from visiondistill.engine.state import sha256_of
 from visiondistill.models import cifar
 from visiondistill.models.loaded import LoadedNetwork, Trainable, with_new_head
-from visiondistill.models.weights import Source, find_tensor, load_weights, read_weights
+from visiondistill.schema import import_object, nearest
+from visiondistill.weights import WeightsSource, find_tensor, load_weights, read_weights
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS = "model.safetensors"
@@ -79,26 +78,15 @@ class Timm(LoadedNetwork):
             model, source = _from_file(name, options, weights, weights_entry, new_head)
         else:
             asked = {} if num_classes is None else {"num_classes": num_classes}
-            model, source = _made(name, options | asked), Source()
+            model, source = _made(name, options | asked), WeightsSource()
         if new_head:
             with_new_head(model, num_classes)
         elif num_classes not in (None, model.num_classes):
-            raise ValueError(
-                f"the weights of {name} tell {model.num_classes} classes apart, {num_classes} were asked for. For a "
-                f"student, new_head: true puts an untrained classifier on them; this makes a teacher of "
-                f"{num_classes} classes:\n  {_finetune(name, weights)}"
-            )
-        config = _data_config(model, input_size, options.get("in_chans"))
-        super().__init__(
-            model,
-            mean=config["mean"] if mean is None else mean,
-            std=config["std"] if std is None else std,
-            input_size=config["input_size"],
-            interpolation=interpolation or config["interpolation"],
-            source=source,
-            trainable=trainable,
-            crop_pct=config["crop_pct"],
-        )
+            raise ValueError(_other_classes(name, model.num_classes, num_classes, weights))
+        pixels = _data_config(model, input_size, options.get("in_chans"))
+        own = {"mean": mean, "std": std, "interpolation": interpolation}
+        pixels |= {key: value for key, value in own.items() if value is not None}
+        super().__init__(model, source=source, trainable=trainable, **pixels)
         self.name = name
 
     @property
@@ -144,7 +132,7 @@ class ClassPath(LoadedNetwork):
         input_size: tuple[int, int, int] | None = None,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ) -> None:
-        maker, arguments = _resolve(class_path), dict(init_args or {})
+        maker, arguments = import_object(class_path, "class_path"), dict(init_args or {})
         if num_classes is not None and not new_head and _takes(maker, "num_classes"):
             arguments.setdefault("num_classes", num_classes)
         try:
@@ -153,7 +141,7 @@ class ClassPath(LoadedNetwork):
             raise TypeError(f"class_path {class_path!r} with {sorted(arguments)}: {error}") from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"class_path {class_path!r} gives a {type(model).__name__}, not a torch.nn.Module")
-        source = Source() if weights is None else load_weights(model, *read_weights(weights, weights_entry))
+        source = WeightsSource() if weights is None else load_weights(model, *read_weights(weights, weights_entry))
         if new_head:
             with_new_head(model, num_classes)
         super().__init__(model, mean, std, input_size, interpolation, source, trainable, crop_pct=1.0)
@@ -189,7 +177,7 @@ def _check_name(name: str) -> None:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         cure = "" if "/" not in name else f"; a model of the hub is {HUB}{name}, a folder {LOCAL}{name}"
-        raise ValueError(f"timm has no model {architecture!r}{_nearest(architecture, timm.list_models())}{cure}")
+        raise ValueError(f"timm has no model {architecture!r}{nearest(architecture, timm.list_models(), 3)}{cure}")
     tags = [known for known in get_arch_pretrained_cfgs(architecture) if known != architecture]
     if tag and name not in tags:
         raise ValueError(f"{architecture} has no weights {tag!r}; there are {', '.join(tags) or 'none'}")
@@ -227,7 +215,7 @@ def _made(name: str, options: dict[str, Any]) -> nn.Module:
         raise _unavailable(name, "its configuration", error) from error
 
 
-def _pretrained(name: str, options: dict[str, Any]) -> tuple[nn.Module, Source]:
+def _pretrained(name: str, options: dict[str, Any]) -> tuple[nn.Module, WeightsSource]:
     import timm
 
     if name.startswith(LOCAL):
@@ -246,13 +234,13 @@ def _pretrained(name: str, options: dict[str, Any]) -> tuple[nn.Module, Source]:
     file = _cached(model.pretrained_cfg)
     told = _places(model.pretrained_cfg)[0]
     if file is None:
-        return model, Source("pretrained", told)
-    return model, Source("pretrained", str(file), sha256_of(file), (told,))
+        return model, WeightsSource("pretrained", told)
+    return model, WeightsSource("pretrained", str(file), sha256_of(file), (told,))
 
 
 def _from_file(
     name: str, options: dict[str, Any], weights: str, entry: str | None, new_head: bool
-) -> tuple[nn.Module, Source]:
+) -> tuple[nn.Module, WeightsSource]:
     tensors, source = read_weights(weights, entry)
     model = _made(name, options)
     classifier = model.pretrained_cfg.get("classifier") or ""
@@ -266,18 +254,24 @@ def _from_file(
 
 
 def _data_config(model: nn.Module, input_size: tuple[int, int, int] | None, channels: int | None) -> dict[str, Any]:
+    """What the model's own evaluation does to images: mean, std, input_size, interpolation, crop_pct."""
     from timm.data import resolve_data_config
 
     config = resolve_data_config({}, model=model)
     size = tuple(config["input_size"] if input_size is None else input_size)
     channels = channels or size[0]
-    config["input_size"] = (channels, *size[1:])
-    for key in ("mean", "std"):
+
+    def fitted(values: Sequence[float]) -> list[float]:
         # timm adapts the first convolution to other channel counts; grey images take the mean of the statistics.
-        values = config[key]
-        config[key] = list(values) if len(values) == channels else [sum(values) / len(values)] * channels
-    config["interpolation"] = "bicubic" if config["interpolation"] == "bicubic" else "bilinear"
-    return config
+        return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+    return {
+        "mean": fitted(config["mean"]),
+        "std": fitted(config["std"]),
+        "input_size": (channels, *size[1:]),
+        "interpolation": "bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        "crop_pct": config["crop_pct"],
+    }
 
 
 def _places(config: dict[str, Any]) -> list[str]:
@@ -318,26 +312,16 @@ def _require_hub(name: str, model_id: str, file: str) -> None:
         raise _unavailable(name, f"{HUB}{model_id}/{file}", error) from error
 
 
-def _resolve(path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = import_module(module_name) if module_name else None
-    except ImportError as error:
-        raise ValueError(f"class_path {path!r}: {error}") from error
-    if not hasattr(module, attribute):
-        known = [name for name in vars(module) if not name.startswith("_")] if module else []
-        raise ValueError(f"class_path {path!r}: {module_name!r} has no {attribute!r}{_nearest(attribute, known)}")
-    return getattr(module, attribute)
-
-
 def _takes(maker: Callable[..., Any], argument: str) -> bool:
     parameters = inspect.signature(maker).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def _other_classes(name: str, known: int, asked: int, weights: str | None) -> str:
+    return (
+        f"the weights of {name} tell {known} classes apart, {asked} were asked for. For a student, new_head: true puts "
+        f"an untrained classifier on them; this makes a teacher of {asked} classes:\n  {_finetune(name, weights)}"
+    )
 
 
 def _finetune(name: str, weights: str | None) -> str:

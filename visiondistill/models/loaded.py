@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from visiondistill.models.network import Network
-from visiondistill.models.weights import Source
+from visiondistill.weights import WeightsSource
 
 Trainable = Literal["all", "head"]
 
@@ -47,7 +47,7 @@ class LoadedNetwork(Network):
         std: Sequence[float] | None,
         input_size: tuple[int, int, int] | None,
         interpolation: Literal["bilinear", "bicubic"],
-        source: Source,
+        source: WeightsSource,
         trainable: Trainable,
         crop_pct: float,
     ) -> None:

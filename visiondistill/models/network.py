@@ -72,8 +72,9 @@ class Network(nn.Module):
         self._has_prefixes = bool(getattr(model, "num_prefix_tokens", 0)) and "return_prefix_tokens" in (
             inspect.signature(model.forward_intermediates).parameters
         )
-        # Distilled models have two classifiers: what they make of the pooled tokens is their own business.
-        self._classifies_pooled = isinstance(getattr(model, "get_classifier", lambda: None)(), nn.Module)
+        classifier = getattr(model, "get_classifier", lambda: None)()
+        # Several classifiers (distilled models, CrossViT): what they make of the pooled tokens is their own business.
+        self._classifies_pooled = isinstance(classifier, nn.Module) and not isinstance(classifier, nn.ModuleList)
 
     def forward(self, images: Tensor, stages: tuple[int, ...] = (), embedding: bool = False) -> Outputs:
         """Logits and, from the same pass, features of some stages and the embedding.

@@ -129,6 +129,14 @@ def test_precision_and_recall_at_their_limits():
     assert half.precision == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("rows", [5, 10, 37, 500])
+def test_copies_of_one_image_lie_where_it_lies(rows):
+    """Of one constant image there are balls without a radius: to be equal is all that is left."""
+    feature = torch.rand(1, 512, generator=torch.Generator().manual_seed(0)) * 7
+    assert precision_recall(feature.repeat(rows, 1), feature.repeat(400, 1)) == (1.0, 1.0)
+    assert precision_recall(feature.repeat(rows, 1), feature.repeat(400, 1) + 1e-3) == (0.0, 0.0)
+
+
 def test_precision_by_hand():
     """Third neighbours: 0 reaches 3 far, 6 reaches 5 far, and no other ball leaves what these two hold."""
     real = torch.tensor([[0.0], [1.0], [3.0], [2.0], [6.0]])
@@ -169,6 +177,18 @@ def test_sliced_wasserstein_of_unequal_sizes():
     assert sliced_wasserstein(x, y) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_energy_distance_of_points_far_from_the_origin(spread):
+    from scipy.spatial.distance import cdist, pdist
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 2, generator=generator).double() * spread + 10 for n in (300, 200))
+    expected = 2 * cdist(x, y).mean() - pdist(x).mean() - pdist(y).mean()
+    assert energy_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    apart = torch.tensor([spread, 0.0])
+    assert energy_distance(x.float(), y.float() + apart) == pytest.approx(energy_distance(x, y + apart), rel=2e-2)
+
+
 def test_energy_distance_needs_no_mixture():
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert energy_distance(x, x) == pytest.approx(2 * 2.5 - 5 - 5)
@@ -183,6 +203,7 @@ def test_energy_distance_needs_no_mixture():
         lambda: frechet_distance(Statistics.of(normal(9, 2)), Statistics.of(normal(9, 3))),
         lambda: precision_recall(normal(3, 2), normal(9, 2)),
         lambda: kernel_distance(normal(1, 2), normal(9, 2)),
+        lambda: energy_distance(normal(1, 2), normal(9, 2)),
         lambda: Statistics.of(normal(1, 2)).covariance,
         lambda: Statistics.of(torch.zeros(0, 2)),
     ],

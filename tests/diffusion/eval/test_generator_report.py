@@ -211,6 +211,7 @@ def test_what_cannot_be_measured_is_refused(make_generator: Make, real_images: I
         (lambda: evaluate_generator(generator, real, []), "one or several"),
         (lambda: evaluate_generator(generator, real, [random, RandomExtractor()]), "each once"),
         (lambda: evaluate_generator(generator, real, random, count=3), "at least 4"),
+        (lambda: evaluate_generator(generator, real, random, count=9, batch_size=0), "batch_size=0"),
         (lambda: evaluate_generator(generator, real[:7], random, count=9), "at least 4 samples and 8"),
         (lambda: evaluate_generator(generator, real.repeat(1, 1, 2, 2), random, count=9), "1x8x8.*1x16x16"),
         (lambda: evaluate_generator(unlabelled, real, random, count=9, classifier=by_brightness), "conditioned"),

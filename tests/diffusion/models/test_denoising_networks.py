@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from mnist_ddpm import digits, published, published_path
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion.conditions import ClassLabels
@@ -368,8 +369,18 @@ def test_anyones_network_gets_its_own_time_range_and_weights(tmp_path):
     with pytest.raises(ValueError, match=r"own.pth do not fit Own"):
         Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
     torch.save(Own(), tmp_path / "own.pth")
-    with pytest.raises(ValueError, match=r"own.pth cannot be read as tensors alone"):
+    with pytest.raises(ValueError, match=r"own.pth: this pickle holds more than tensors"):
         Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(tmp_path / "own.pth"))
+
+
+@pytest.mark.parametrize("name", ["own.pth", "own.safetensors"])
+@pytest.mark.parametrize("left", [0, 100])
+def test_weights_that_were_cut_short_are_named(tmp_path, name, left):
+    file = tmp_path / name
+    (save_file if file.suffix == ".safetensors" else torch.save)({"scale": torch.ones(1000)}, file)
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=rf"weights .*{name}: not a readable"):
+        Custom(Own(), (1, 4, 4), vp(), "eps", weights=str(file))
 
 
 class OfLabels(nn.Module):

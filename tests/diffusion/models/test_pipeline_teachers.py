@@ -18,6 +18,7 @@ from diffusion.models.schedulers import read_scheduler
 from diffusion.process import EDMProcess, FlowProcess
 from visiondistill import schema
 from visiondistill.engine import Optim, Run, Stage, train
+from visiondistill.models import require_classes
 
 CPU = torch.device("cpu")
 
@@ -176,8 +177,17 @@ def test_whether_a_table_holds_a_null_label_is_for_the_user_to_say(tmp_path):
     with pytest.raises(ValueError, match=r"num_classes=7 is not allowed.*table of 4 labels"):
         open_generator(folder, num_classes=7)
     plain = folders.pixels(tmp_path / "plain", schedulers().DDPMScheduler())
-    with pytest.raises(ValueError, match=r"num_classes=3: the network .* takes no class labels"):
+    with pytest.raises(ValueError, match=r"num_classes=3: the network .* takes no class labels: say num_classes=null"):
         open_generator(plain, num_classes=3)
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_a_table_with_a_label_too_many_may_hold_a_null_label(tmp_path, num_classes):
+    folder = folders.consistency(tmp_path / "labels", schedulers().DDPMScheduler(), classes=4)
+    teacher = open_generator(folder, num_classes=num_classes)
+    with pytest.raises(ValueError, match="visiondistill train --recipe denoising") as refused:
+        require_classes(teacher, 7)
+    assert ("--teacher.num_classes 3 (where the last of its 4 labels" in str(refused.value)) == (num_classes is None)
 
 
 def test_a_recipe_names_a_folder(tmp_path):
@@ -200,7 +210,7 @@ def test_what_a_folder_lacks_is_refused_by_its_name(tmp_path):
 
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    refused(r"unet cannot be loaded")
+    refused(r"unet cannot be loaded \(where a file is damaged, fetch it again\)")
     weights.unlink()
     refused(r"unet holds no diffusion_pytorch_model\.safetensors: the folder is partly filled")
     torch.save({}, folder / "unet/diffusion_pytorch_model.bin")
@@ -222,6 +232,8 @@ def test_what_a_folder_lacks_is_refused_by_its_name(tmp_path):
     refused("the part 'controlnet' of DDPMPipeline is not supported")
     (folder / "model_index.json").write_text("{")
     refused(r"model_index\.json is not readable JSON")
+    (folder / "model_index.json").write_text("[]")
+    refused(r"model_index\.json holds a list, not an object")
     (folder / "model_index.json").unlink()
     refused(r"model_index\.json is missing")
 
