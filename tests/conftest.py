@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,15 @@ def shared_dir() -> Path:
     if not (folder / "reference_values").is_dir():
         pytest.skip(f"no reference values at {folder}: set VISIONDISTILL_SHARED to the folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="module")
+def undrawn_reports() -> Iterator[None]:
+    """Evaluations without pictures, which take half of a short run; `eval/test_report.py` looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_confusion", "draw_reliability"):
+            patch.setattr(f"visiondistill.eval.plots.{name}", lambda report, path: None)
+        yield
 
 
 @pytest.fixture

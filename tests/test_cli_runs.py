@@ -19,7 +19,9 @@ from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.state import fingerprint
 from visiondistill.eval import weights_hash
 from visiondistill.export import onnx_file, open_export
-from visiondistill.models import Network, SmallConvNet, Source, create
+from visiondistill.models import Network, SmallConvNet, WeightsSource, create
+
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 DISTILLER, CONV = "visiondistill.Distiller", "visiondistill.models.SmallConvNet"
 CE = {"ce": {"class_path": "visiondistill.terms.CE"}}
@@ -287,9 +289,9 @@ def test_costs_need_no_data(single, staged, tmp_path, monkeypatch, capsys):
 def test_a_timm_name_is_judged_with_its_published_weights_and_timed_without(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def published(name: str, options: dict) -> tuple[torch.nn.Module, Source]:
+    def published(name: str, options: dict) -> tuple[torch.nn.Module, WeightsSource]:
         asked.append(name)
-        return create._made(name, options | {"num_classes": 10}), Source("pretrained", name)
+        return create._made(name, options | {"num_classes": 10}), WeightsSource("pretrained", name)
 
     monkeypatch.setattr(create, "_pretrained", published)
     words = ["--model", "test_resnet", "--output_dir", str(tmp_path)]

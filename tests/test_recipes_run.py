@@ -23,6 +23,8 @@ from visiondistill.models import Network
 from visiondistill.teachers import store_targets
 from visiondistill.terms import CE
 
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
 TINY = "test_resnet"
 """In place of timm models that are large or come with weights from a network."""
 CLASSES, SIZE = 10, 16

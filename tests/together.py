@@ -25,7 +25,13 @@ Tensors = dict[str, Tensor]
 def play_together(
     script: str, folder: Path, names: Iterable[str], processes: int = 2, timeout: float = 300.0
 ) -> dict[str, list[Tensors]]:
-    """Run `script` as a program in each process; gives what `work` kept of each name, by rank.
+    """Run `script` as a program in each process; gives what `work` kept of each name, by rank."""
+    run_together(script, folder, processes, timeout)
+    return {name: [load_file(_kept(folder, name, rank)) for rank in range(processes)] for name in names}
+
+
+def run_together(script: str, folder: Path, processes: int = 2, timeout: float = 300.0) -> None:
+    """Run `script` as a program, given `folder`, in each process; all are gone afterwards.
 
     Raises:
         RuntimeError: a process failed or `timeout` seconds have passed, with the ends of all logs.
@@ -52,8 +58,8 @@ def play_together(
             process.kill()
             process.wait()
     if any(process.returncode for process in running):
-        raise RuntimeError("\n".join(path.read_text()[-3000:] for path in logs))
-    return {name: [load_file(_kept(folder, name, rank)) for rank in range(processes)] for name in names}
+        codes = [process.returncode for process in running]
+        raise RuntimeError("\n".join([f"exit codes {codes}:", *(path.read_text()[-3000:] for path in logs)]))
 
 
 def work(names: Iterable[str], played: Callable[[str, Path], Tensors]) -> NoReturn:

@@ -9,10 +9,7 @@ import itertools
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,9 +20,9 @@ from unittest import mock
 import miniatures
 import torch
 from safetensors.torch import load_file, save_file
+from together import run_together
 from torch import Tensor
 
-import visiondistill.engine
 from visiondistill.engine import Batch, Draw, Method, Run, Stage, Stream, Watch, train
 from visiondistill.engine import state as engine_state
 from visiondistill.engine.errors import TrainingError
@@ -203,43 +200,8 @@ def spawn(jobs: Sequence[Job], folder: Path, processes: int = 2, timeout: float 
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(visiondistill.engine.__file__).parents[2]),
-    }
-    running = []
-    for rank in range(processes):
-        log = (folder / f"rank{rank}.log").open("w")
-        command = [sys.executable, __file__, str(folder)]
-        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        _wait(running, time.monotonic() + timeout)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    if any(process.returncode for process in running):
-        logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(processes))
-        raise RuntimeError(f"exit codes {[process.returncode for process in running]}:\n{logs}")
+    run_together(__file__, folder, processes, timeout)
     return {job.name: [_read(folder, job, rank) for rank in range(processes)] for job in jobs}
-
-
-def _wait(running: Sequence[subprocess.Popen], deadline: float) -> None:
-    """Until all have ended well, one has failed, or the deadline has passed."""
-    while any(process.poll() is None for process in running):
-        if any(process.poll() for process in running) or time.monotonic() > deadline:
-            return
-        time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _work(folder: Path) -> None:

@@ -8,6 +8,7 @@ evaluation or the export is reached. The product has no line of this.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -479,8 +480,8 @@ def _announced_compiler(backend: str | None, module: torch.fx.GraphModule, input
 
 
 def install_command_hooks() -> None:
-    from visiondistill import eval as evaluation
-    from visiondistill import exported, preflight
+    from visiondistill import classifiers, exported, preflight
+    from visiondistill.eval import plots
     from visiondistill.export import bundle
 
     def delete(folder: Path, **options: Any) -> None:
@@ -490,11 +491,13 @@ def install_command_hooks() -> None:
             reached("export.half deleted")
         rmtree(folder, **options)
 
+    for name in ("draw_confusion", "draw_reliability"):
+        mock.patch.object(plots, name).start()
     rmtree = exported.shutil.rmtree
     mock.patch.object(exported, "shutil", _Around(exported.shutil, rmtree=delete)).start()
     for target, name, before, after in [
         (preflight, "_measure_teacher", "preflight", None),
-        (evaluation, "accuracy_report", "evaluation", None),
+        (classifiers, "accuracy_report", "evaluation", None),
         (bundle, "_describe", "export", None),
     ]:
         mock.patch.object(target, name, _announced(getattr(target, name), before, after)).start()
@@ -569,10 +572,21 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    import timm.optim  # noqa: F401 - once for all runs
+    # Once for all runs: what a run imports on its way.
+    import jsonargparse  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import timm.optim
+    import timm.scheduler  # noqa: F401
     import torch._dynamo
+    import torch.export
+
+    from visiondistill import workbench  # noqa: F401
 
     # Recipes name classes of this module; they must find these, not a second copy.
     sys.modules["processes"] = sys.modules["__main__"]
     torch.set_num_threads(1)
+    # A collection in a child would copy every page that it shares with this process.
+    gc.collect()
+    gc.freeze()
     serve()

@@ -24,6 +24,8 @@ from visiondistill import recipes
 from visiondistill.cli import main
 from visiondistill.terms import CE, Needs, View
 
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
 SIDE, BATCH = 16, 4
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from visiondistill.models.weights import sha256_of
+from visiondistill.engine.state import sha256_of
 
 STARTS = 60.0
 """Seconds that the interpreter, torch and timm may take on a machine that is busy, with 20 s to fail in."""

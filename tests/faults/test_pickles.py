@@ -25,8 +25,8 @@ from visiondistill import recipe_files
 from visiondistill.cli import main
 from visiondistill.data import EmbeddedDigits
 from visiondistill.engine import state
+from visiondistill.engine.state import sha256_of
 from visiondistill.export import export, open_export, program
-from visiondistill.models.weights import sha256_of
 
 
 class Harmful:
@@ -128,7 +128,7 @@ def spoil(folder: Path, made: Path, name: str = "weights.safetensors") -> None:
     """Put a pickle into a checkpoint, its manifest made to fit."""
     zipped({"x": Harmful(made)}, folder / name)
     sums = json.loads((folder / state.MANIFEST).read_text())
-    sums[name] = state.sha256_of(folder / name)
+    sums[name] = sha256_of(folder / name)
     (folder / state.MANIFEST).write_text(json.dumps(sums))
 
 

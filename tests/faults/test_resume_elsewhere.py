@@ -105,9 +105,9 @@ def test_another_config_in_another_folder(nursery: Nursery, earlier: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("[16, 32, 48]", "batch"), ("misshaped ['players.student.", "head.weight: [10, 64] for [10, 48]")),
-        (("[16, 32]", "batch"), ("unexpected ['players.student.",)),
-        (("[16, 32, 64]", "none"), ("missing", "unexpected ['players.student.")),
+        (("[16, 32, 48]", "batch"), ("misshaped 'players.student.", "head.weight: [10, 64] for [10, 48]")),
+        (("[16, 32]", "batch"), ("unexpected 'players.student.",)),
+        (("[16, 32, 64]", "none"), ("missing", "unexpected 'players.student.")),
     ],
 )
 def test_weights_of_another_network(
