@@ -18,7 +18,7 @@ from visiondistill.engine.errors import SettingsError
 from visiondistill.preflight import Preflight, bytes_of, of_run
 
 if TYPE_CHECKING:
-    from diffusion.export import About, Exported
+    from diffusion.export import About, ExportedPipeline
     from visiondistill.data import Source
     from visiondistill.recipes import Plan
 
@@ -67,8 +67,15 @@ class Generators:
         return watch
 
     def finish(
-        self, plan: Plan, result: Result, network: nn.Module, facts: Preflight, config: Mapping[str, Any], plots: bool
-    ) -> tuple[dict[str, Any], Exported | None]:
+        self,
+        plan: Plan,
+        result: Result,
+        network: nn.Module,
+        weights: str,
+        facts: Preflight,
+        config: Mapping[str, Any],
+        plots: bool,
+    ) -> tuple[dict[str, Any], ExportedPipeline | None]:
         """Distances to the test images in random features, a grid beside the teacher's, a pipeline folder."""
         from diffusion.eval import compare_grids
 
@@ -79,7 +86,7 @@ class Generators:
             metrics = _distances(network, plan.source, folder)
         if plots:
             # First what the run was for; a picture can be drawn again.
-            exported = _exported(plan, result, network, {"recipe": config}, metrics)
+            exported = _exported(plan, network, weights, folder / "export", {"recipe": config}, metrics)
             teacher = getattr(result.method, "teacher", None)
             panels = [] if teacher is None else [(f"teacher, {_steps(teacher)}", teacher, None)]
             if len(network.shape) >= 3:
@@ -91,20 +98,18 @@ class Generators:
         plan: Plan,
         result: Result,
         network: nn.Module,
+        weights: str,
         folder: Path | None,
         about: Mapping[str, Any],
-        use: str = "auto",
         onnx: bool = False,
-    ) -> Exported:
+    ) -> ExportedPipeline:
         from diffusion.export import export_generator
 
         if onnx:
             raise SettingsError("onnx: generators are exported as diffusers' pipelines, which ONNX files cannot hold")
-        which = "raw" if result.ema is None or use == "raw" else "EMA"
+        folder = folder or result.output_dir / "export"
         try:
-            return export_generator(
-                network, folder or result.output_dir / "export", about=_about(plan, about), weights=which
-            )
+            return export_generator(network, folder, about=_about(plan, about), weights=weights)
         except ValueError as error:
             raise SettingsError(f"{result.output_dir} cannot be exported: {error}") from error
 
@@ -222,18 +227,20 @@ def _distances(generator: Generator, source: Source, folder: Path) -> dict[str, 
 
 
 def _exported(
-    plan: Plan, result: Result, generator: Generator, method: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> Exported | None:
+    plan: Plan,
+    generator: Generator,
+    weights: str,
+    folder: Path,
+    method: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> ExportedPipeline | None:
     from diffusion.export import NotExportable, export_generator
 
-    which = "raw" if result.ema is None else "EMA"
     try:
-        exported = export_generator(
-            generator, result.output_dir / "export", about=_about(plan, method, metrics), weights=which
-        )
+        exported = export_generator(generator, folder, about=_about(plan, method, metrics), weights=weights)
     except NotExportable as reason:
         print(f"not exported: {reason}", flush=True)
-        print(f"evaluate, store and diffusion.models.Trained open {result.output_dir} itself", flush=True)
+        print(f"evaluate, store and diffusion.models.Trained open {folder.parent} itself", flush=True)
         return None
     if plan.run.progress:
         print(f"export ({exported.format}): {exported.folder}", flush=True)

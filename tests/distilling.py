@@ -16,6 +16,8 @@ from visiondistill.models import Network, SmallConvNet
 from visiondistill.terms import Term
 
 CLASSES = 3
+MIXED = 2
+"""A step whose batch `Mix` makes of images of different classes."""
 
 
 def net(*widths: int, seed: int = 0, norm: str = "group") -> Network:

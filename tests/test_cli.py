@@ -212,7 +212,7 @@ def test_a_package_that_overwrote_ours_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     assert "other-diffusion installed a package 'diffusion'" in schema.shadowed("diffusion.toys")
     with pytest.raises(schema.RecipeError, match="uninstall it, then install visiondistill again"):
-        schema.resolve("diffusion.toys.Rong", "method")
+        schema.import_object("diffusion.toys.Rong", "method")
     # Neighbours in an installation are not ours for lying there.
     monkeypatch.setattr(schema, "__file__", str(Path(yaml.__file__).parents[1] / "visiondistill" / "schema.py"))
     for name in ("visiondistill.terms", "nowhere.at_all", "yaml.loader"):

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from visiondistill.models import Source
+from visiondistill.models import WeightsSource
 from visiondistill.preflight import NetworkFacts, Preflight
 
 DIGEST = "0123456789ab" + "c" * 52
 
 
-def line(source: Source) -> str:
+def line(source: WeightsSource) -> str:
     facts = NetworkFacts("resnet8", 100, None, (3, 8, 8), 10, str(source), source.sha256)
     given = dict.fromkeys(field.name for field in dataclasses.fields(Preflight))
     given |= {
@@ -30,13 +30,13 @@ def line(source: Source) -> str:
 
 
 def test_a_files_sha256_is_said_once_and_short() -> None:
-    told = line(Source("file", "weights.pth", DIGEST, ("stripped the prefix 'module.'",)))
+    told = line(WeightsSource("file", "weights.pth", DIGEST, ("stripped the prefix 'module.'",)))
     assert told.endswith("weights file; weights.pth; sha256 0123456789ab; stripped the prefix 'module.'")
     assert told.count("sha256") == 1
 
 
 def test_weights_without_a_file_have_none() -> None:
-    assert line(Source()).endswith("weights random")
+    assert line(WeightsSource()).endswith("weights random")
 
 
 @pytest.mark.parametrize(("accuracy", "told"), [(0.5, "resnet8, 50.0% on validation"), (None, "resnet8")])

@@ -7,13 +7,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from distilling import CLASSES, apart, distiller, images, net, play, prepared, weights
+from distilling import CLASSES, MIXED, apart, distiller, images, net, play, prepared, weights
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss
 
 from visiondistill import Distiller
 from visiondistill.augmentors import Mix
-from visiondistill.data import Digits, Stream
+from visiondistill.data import Digits, Stream, TensorData
 from visiondistill.engine import Optim, Run, Stage, Turn, train
 from visiondistill.engine.errors import SettingsError
 from visiondistill.eval import evaluate
@@ -21,7 +21,7 @@ from visiondistill.heads import SingleHead
 from visiondistill.losses import dist_loss, dkd_loss, kd_loss, standardize_logits
 from visiondistill.models import Network, SmallConvNet, SmallMLP
 from visiondistill.parts import Part
-from visiondistill.teachers import LiveTeacher, Teacher
+from visiondistill.teachers import LiveTeacher, Online, Teacher
 from visiondistill.terms import CE, DIST, DKD, KL, Hint, Needs, Term, View
 from visiondistill.weighting import Fixed, Ramp, Weighting
 
@@ -266,9 +266,10 @@ def mixed(terms: dict[str, Term], labelled: int = 12) -> Distiller:
 
 def test_cross_entropy_takes_the_labels_of_mixed_images():
     method = mixed({"ce": CE(0.1), "kd": KL()})
-    batch = prepared(method)
+    batch = prepared(method, step=MIXED)
     data = batch["train"]
     assert "label" not in data
+    assert (data["target"] > 0).sum() > 4, "an image has both its classes"
     logits = method.players["student"](data["image"]).logits
     expected = cross_entropy(logits, data["target"], label_smoothing=0.1)
     torch.testing.assert_close(method.student_loss(batch)[0]["ce"], expected)
@@ -385,6 +386,9 @@ shared = net(4, 5)
     ("terms", "parts", "message"),
     [
         ({"kd": KL()}, {"teacher": None}, "term 'kd' reads a teacher, but there is none"),
+        ({"ce": None}, {}, "nothing to train on"),
+        ({"kd": KL(), "peer": None}, {"teacher": Online(net(6, 9))}, "Online learns with the student, .* terms.Peer"),
+        ({"ce": CE(), "kd": KL()}, {"labelled": 0}, r"term 'ce' reads labels, but no .* leave it out \(ce: null\)"),
         ({"hint": Hint()}, {"teacher": LogitsOnly()}, "term 'hint': LogitsOnly has no features, only logits"),
         ({"hint": Hint()}, {"student": SmallMLP(num_classes=3)}, "term 'hint': SmallMLP has no features by stage"),
         ({"hint": Hint(2)}, {}, "term 'hint': SmallConvNet has stages 0 to 1, got stage 2"),
@@ -404,6 +408,24 @@ shared = net(4, 5)
 def test_parts_that_do_not_fit_are_refused_and_named(terms, parts, message):
     with pytest.raises(SettingsError, match=message):
         distiller(terms, **parts)
+
+
+def test_a_term_that_is_none_is_taken_away():
+    assert distiller({"ce": None, "kd": KL()}).terms == ("kd",)
+
+
+def test_a_set_without_labels_teaches_by_the_teacher_alone(tmp_path):
+    bare = TensorData({"image": images().columns["image"]})
+    build = {"teacher": net(6, 9, seed=5), "streams": {"train": Stream(bare, 4)}}
+    with pytest.raises(SettingsError, match="term 'ce' reads labels, but no training image has one"):
+        Distiller(**build, student=net(4, 5), terms={"ce": CE(), "kd": KL()})
+    runs = [
+        Distiller(**build, student=net(4, 5), terms={"kd": KL()}).double(),
+        distiller({"kd": KL()}),
+        distiller({"kd": KL()}, labelled=0),
+    ]
+    students = [weights(play(run, tmp_path / str(at)).product) for at, run in enumerate(runs)]
+    assert apart(students[0], students[1]) == apart(students[0], students[2]) == 0
 
 
 def test_batch_level_terms_with_labels_refuse_images_without():

@@ -15,7 +15,7 @@ from visiondistill.cli import main
 from visiondistill.data import EmbeddedDigits, OwnData, TensorData
 from visiondistill.engine.errors import SettingsError
 from visiondistill.export.reopen import open_export
-from visiondistill.models import SmallConvNet
+from visiondistill.models import SmallConvNet, count_flops
 from visiondistill.schema import RecipeError
 from visiondistill.workbench import distill
 
@@ -36,11 +36,15 @@ def test_a_notebook_distils_in_one_call(teacher, tmp_path: Path) -> None:
     settings = {"steps": 100, "optim__student": {"lr": 1e-2}, "run__output_dir": str(tmp_path / "run"), **QUIET}
     outcome = distill(student, teacher.student, EmbeddedDigits(), recipe="kd", **settings)
     assert outcome.facts.teacher_accuracy > 0.8
+    flops = [count_flops(net, (1, 8, 8)) for net in (teacher.student, student)]
+    assert outcome.facts.ideal_step_cost == pytest.approx(1 + flops[0] / (3 * flops[1]))
     assert outcome.metrics["teacher"]["agreement"] > 0.5
     assert {path.name for path in outcome.folder.iterdir()} >= {
         *("config.yaml", "env.json", "metrics.jsonl", "preflight.json", "curves.png"),
         *("checkpoints", "evaluation", "export"),
     }
+    pictures = {path.name for path in (outcome.folder / "evaluation").glob("*.png")}
+    assert pictures == {"confusion.png", "reliability.png"}
     network, facts = open_export(outcome.folder / "export")
     images = EmbeddedDigits().test().rows(torch.arange(500))
     right = (network(images["image"]).logits.argmax(1) == images["label"]).sum().item()
@@ -102,6 +106,21 @@ def test_other_classes_than_the_data_are_refused(tmp_path: Path) -> None:
         distill(SmallConvNet([8]), SmallConvNet([8], num_classes=7), EmbeddedDigits(), **settings)
     with pytest.raises(RecipeError, match="student: it has 7 classes, but the data has 10: give it num_classes 10"):
         distill(SmallConvNet([8], num_classes=7), SmallConvNet([8]), EmbeddedDigits(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("1023456789", "class 0 is '0', but '1' in the teacher: names or their order differ"),
+        ("01234567", "class 8 is '8', but none in the teacher"),
+        ("0123456789X", "class 10 is none, but 'X' in the teacher"),
+    ],
+)
+def test_other_class_names_than_the_datas_are_refused(names: str, told: str, tmp_path: Path) -> None:
+    teacher = SmallConvNet([8])
+    teacher.pretrained_cfg = {"label_names": list(names)}
+    with pytest.raises(SettingsError, match=told):
+        distill(SmallConvNet([8]), teacher, EmbeddedDigits(), run__output_dir=str(tmp_path / "run"), **QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def _ideas(config: recipes.Config) -> Iterator[str]:
     stages = config.get("stages") or {"main": config}
     paths = dict.fromkeys(path for stage in stages.values() for path in _class_paths(stage.get("method")))
     for path in paths:
-        target = schema.resolve(path, path)
+        target = schema.import_object(path, path)
         # Networks and data are interchangeable; what a recipe is about are its method and its parts.
         if inspect.isclass(target) and issubclass(target, Method | Part):
             yield f"{path}  ({_place(target)})"

@@ -58,7 +58,7 @@ class Distiller(Method):
             one. In a recipe's later stages it may be left out: it is then what the stage before made.
         student: a `Network`, or any classifier of pixels in [0, 1]. Player "student" and, unless the
             heads say otherwise, the product.
-        terms: what is matched, by name.
+        terms: what is matched, by name; None takes one away (in a recipe, one of its base).
         streams: data; "train" gives the student's batches. Of others only those that a part reads are opened.
         weighting: how the terms are fused; by default their plain sum.
         heads: the student's classifiers in training; by default its own alone.
@@ -73,7 +73,7 @@ class Distiller(Method):
         teacher: nn.Module | None = None,
         *,
         student: nn.Module,
-        terms: Mapping[str, Term],
+        terms: Mapping[str, Term | None],
         streams: Mapping[str, Stream],
         weighting: Weighting | None = None,
         heads: Heads | None = None,
@@ -99,6 +99,7 @@ class Distiller(Method):
         for name, part in parts.items():
             if name != "teacher":
                 part.connect(network, source)
+        _check_learners(source, active)
         if source is not None and not _asks_teacher(parts, needs):
             warnings.warn("a teacher is given, but no term with a weight reads it: it is left out", stacklevel=2)
             del parts["teacher"]
@@ -269,7 +270,8 @@ def _asks_teacher(parts: Mapping[str, Part], needs: Mapping[str, Needs]) -> bool
     return any(part.asks_teacher for part in parts.values()) or any(map(_reads_teacher, needs.values()))
 
 
-def _active(terms: Mapping[str, Term], weighting: Weighting) -> dict[str, Term]:
+def _active(terms: Mapping[str, Term | None], weighting: Weighting) -> dict[str, Term]:
+    terms = {name: term for name, term in terms.items() if term is not None}
     taken = sorted(set(terms) & set(AXES))
     if taken:
         raise SettingsError(f"terms cannot be called {taken}: choose other names")
@@ -302,6 +304,8 @@ def _check_term(name: str, needs: Needs, heads: Heads, weighting: Weighting, lab
         raise SettingsError(
             f"term '{name}' reads labels and the augmentor mixes them, but only {labelled:.1%} of the images have one"
         )
+    if needs.label and not labelled:
+        raise SettingsError(f"term '{name}' reads labels, but no training image has one: leave it out ({name}: null)")
     if needs.label and not needs.per_sample and labelled < 1:
         raise SettingsError(f"term '{name}' needs the label of every image, but only {labelled:.1%} of them have one")
 
@@ -324,6 +328,14 @@ def _check_heads(heads: Heads, active: Mapping[str, Term]) -> None:
         raise SettingsError(
             f"{type(heads).__name__} has the heads {untaught}, which no term with a weight reads: give a term "
             f"head: {untaught[0]}, or choose other heads"
+        )
+
+
+def _check_learners(source: Teacher | None, active: Mapping[str, Term]) -> None:
+    if source is not None and source.online and not any(term.needs.peer for term in active.values()):
+        raise SettingsError(
+            f"{type(source).__name__} learns with the student, but no term with a weight teaches it: give terms.Peer "
+            f"(see the recipe dml), or a teacher that is done learning"
         )
 
 

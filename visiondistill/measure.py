@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from visiondistill import recipes, schema
+from visiondistill.classifiers import Classifiers, report_on, require_onnx
+from visiondistill.data import Source, in_order
 from visiondistill.engine.errors import SettingsError
+from visiondistill.eval import AccuracyReport, Costs, measure_costs
+from visiondistill.export import onnx_variants, open_export
+from visiondistill.exported import FACTS
+from visiondistill.models import Network
+from visiondistill.preflight import require_class_names, some_of
 from visiondistill.schema import RecipeError
+from visiondistill.teachers import store_targets
 from visiondistill.teachers.base import answers_images
-
-if TYPE_CHECKING:
-    from visiondistill.data import Source
-    from visiondistill.eval import AccuracyReport, Costs
-    from visiondistill.models import Network
+from visiondistill.workshop import workshop_of_kind
 
 DATA = "kd"
 """Recipe whose data node `--data.*` overrides where no run names data."""
@@ -44,24 +48,6 @@ class Subject:
     teacher: nn.Module | None
     source: Source | None
     folder: Path
-
-
-def report_on(
-    network: nn.Module, source: Source, teacher: nn.Module | None = None, weights: str = "as given"
-) -> AccuracyReport:
-    """A classifier on the test images of a source, its temperature fitted on the validation images."""
-    from visiondistill.eval import accuracy_report
-
-    return accuracy_report(
-        network,
-        source.test(),
-        val=source.val() if "val" in source.splits else None,
-        teacher=teacher if answers_images(teacher) else None,
-        classes=source.classes,
-        data_info={"split": "test"} | source.describe().as_dict(),
-        weights=weights,
-        **source.crop,
-    )
 
 
 def accuracy(
@@ -110,8 +96,6 @@ def cost(
     Raises:
         As of `accuracy`; also where ONNX packages are missing, or seconds or batch_size are not positive.
     """
-    from visiondistill.eval import measure_costs
-
     if seconds <= 0 or batch_size < 1:
         raise RecipeError(f"need seconds > 0 and batch_size >= 1, got {seconds} and {batch_size}")
     if onnx:
@@ -121,8 +105,6 @@ def cost(
     if answers_images(subject.teacher):
         named["teacher"] = subject.teacher
     if onnx:
-        from visiondistill.export import onnx_variants
-
         named |= onnx_variants(subject.network, subject.folder, _images(subject.source))
     costs = measure_costs(named, batch_size, seconds, input_size=subject.network.input_size)
     costs.write(subject.folder)
@@ -142,8 +124,6 @@ def store(file: str, run: str | None = None, model: str | None = None, changes: 
     Raises:
         As of `accuracy`; also logits that are not finite.
     """
-    from visiondistill.teachers import store_targets
-
     subject = _subject(run, model, None, changes or {}, judged=True, needs_data=True)
     _check_classes(subject)
     return store_targets(subject.network, subject.source, file, teacher=str(run or model))
@@ -170,8 +150,6 @@ def network_of(model: str, judged: bool = True) -> tuple[Network, dict[str, Any]
     Raises:
         RecipeError, SettingsError: no such model, or an export that is damaged.
     """
-    from visiondistill.export.bundle import FACTS
-
     folder = Path(model)
     if (folder / FACTS).is_file():
         return _opened(folder)
@@ -179,16 +157,6 @@ def network_of(model: str, judged: bool = True) -> tuple[Network, dict[str, Any]
     arguments = {"name": name} | ({"pretrained": True} if judged else {})
     node = {"class_path": "visiondistill.models.Timm", "init_args": arguments}
     return schema.build(node, nn.Module, "model").eval(), {}
-
-
-def require_onnx() -> None:
-    """Raise SettingsError, which names the extra to install, where packages for ONNX are missing."""
-    from visiondistill.export import onnx_file
-
-    try:
-        onnx_file.require_onnx()
-    except ModuleNotFoundError as error:
-        raise SettingsError(f"onnx: {error}") from error
 
 
 def _subject(
@@ -221,16 +189,12 @@ def _subject(
 
 
 def _require_classifier(config: recipes.Config, run: str) -> None:
-    from visiondistill.workshop import Classifiers, workshop_of_kind
-
     workshop = workshop_of_kind(recipes.kinds(config)[-1])
     if not isinstance(workshop, Classifiers):
         raise RecipeError(f"{run} made no classifier; what it made is measured by {workshop.measured_by} {run}")
 
 
 def _opened(folder: Path, cure: str = "") -> tuple[Network, dict[str, Any]]:
-    from visiondistill.export import open_export
-
     try:
         return open_export(folder)
     except ValueError as error:
@@ -241,12 +205,7 @@ def _check_classes(subject: Subject) -> None:
     there, count = subject.source.classes, subject.network.num_classes
     if count not in (None, len(there)):
         raise SettingsError(f"data: {len(there)} classes, but the network tells {count} apart")
-    for number, (told, name) in enumerate(zip(subject.classes, there, strict=False)):
-        if told != name:
-            raise SettingsError(
-                f"data: class {number} is {name!r}, but {told!r} in the export: names or their order differ, so every "
-                f"label would be read wrongly"
-            )
+    require_class_names(subject.classes, there, "the export")
 
 
 def _teacher(config: recipes.Config) -> nn.Module | None:
@@ -258,7 +217,4 @@ def _teacher(config: recipes.Config) -> nn.Module | None:
 
 def _images(source: Source) -> Iterator[Tensor]:
     """Training images as an evaluation sees them, from all over the set: they are often sorted by class."""
-    from visiondistill.data import in_order
-    from visiondistill.preflight import some_of
-
     return (batch["image"] for batch in in_order(some_of(source.train(), RANGES), AT_ONCE))

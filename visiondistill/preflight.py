@@ -7,20 +7,25 @@ export is rehearsed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from visiondistill.data import Account, TensorData
 from visiondistill.engine.across import process_count
 from visiondistill.engine.errors import SettingsError
+from visiondistill.eval import evaluate
+from visiondistill.eval.classify import chance_level
+from visiondistill.export import rehearse
+from visiondistill.models import as_network, count_flops, count_parameters, ideal_step_cost
 from visiondistill.teachers.base import answers_images
 
 if TYPE_CHECKING:
-    from visiondistill.data import Account
     from visiondistill.recipes import Plan
 
 TEACHER_IMAGES = 500
@@ -180,14 +185,10 @@ def _taught_by(name: str, accuracy: float | None) -> str:
 
 
 def _name(network: nn.Module) -> str:
-    from visiondistill.models import as_network
-
     return getattr(network, "name", type(as_network(network).model).__name__)
 
 
 def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -> NetworkFacts | None:
-    from visiondistill.models import as_network, count_flops, count_parameters
-
     if network is None:
         return None
     adapted = as_network(network)
@@ -208,29 +209,35 @@ def _facts(network: nn.Module | None, image_size: tuple[int, int, int] | None) -
 
 
 def _check_classes(plan: Plan) -> None:
-    from visiondistill.models import as_network
-
     if plan.source is None:
         return
     for role in ("teacher", "student"):
         network = getattr(plan, role)
-        if network is None:
-            continue
-        config = getattr(as_network(network).model, "pretrained_cfg", None) or {}
-        names = config.get("label_names") if isinstance(config, Mapping) else None
-        if names and list(names) != list(plan.source.classes):
-            first = next(i for i, (a, b) in enumerate(zip(names, plan.source.classes, strict=True)) if a != b)
+        if network is not None:
+            config = getattr(as_network(network).model, "pretrained_cfg", None)
+            names = config.get("label_names") if isinstance(config, Mapping) else None
+            require_class_names(names or (), plan.source.classes, f"the {role}")
+
+
+def require_class_names(names: Sequence[str], classes: Sequence[str], whose: str) -> None:
+    """Check the class names that a network was trained with, where it knows any, against those of the data.
+
+    Raises:
+        SettingsError: another name, another order, too few or too many.
+    """
+    if not names:
+        return
+    for number, pair in enumerate(zip_longest(classes, names)):
+        ours, theirs = ("none" if name is None else repr(name) for name in pair)
+        if ours != theirs:
             raise SettingsError(
-                f"{role}: its class {first} is {names[first]!r}, the data's is {plan.source.classes[first]!r}: "
-                f"names or their order differ, so every label would be read wrongly"
+                f"data: class {number} is {ours}, but {theirs} in {whose}: names or their order differ, so every "
+                f"label would be read wrongly"
             )
 
 
 def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
     """Accuracy on validation images; an online teacher has learnt nothing yet, a stored one knows none of them."""
-    from visiondistill.eval import evaluate
-    from visiondistill.eval.classify import chance_level
-
     asked = answers_images(plan.teacher) and not getattr(plan.teacher, "online", False)
     if not asked or plan.source is None or "val" not in plan.source.splits:
         return None, 0
@@ -249,8 +256,6 @@ def _measure_teacher(plan: Plan) -> tuple[float | None, int]:
 
 def some_of(data: Any, count: int) -> Any:
     """The same `count` rows every time, spread over the whole set (sets are often sorted by class)."""
-    from visiondistill.data import TensorData
-
     rows = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     if isinstance(data, TensorData):
         return TensorData({name: column[rows] for name, column in data.columns.items()})
@@ -258,8 +263,6 @@ def some_of(data: Any, count: int) -> Any:
 
 
 def _rehearse(plan: Plan) -> None:
-    from visiondistill.export import rehearse
-
     try:
         rehearse(plan.student, classes=plan.source.classes, input_size=plan.source.input_size)
     except (ValueError, RuntimeError) as error:
@@ -275,7 +278,7 @@ def _batch(plan: Plan) -> str:
 def _ideal(student: NetworkFacts | None, teacher: NetworkFacts | None) -> float | None:
     if None in (student, teacher) or None in (student.flops, teacher.flops):
         return None
-    return 1 + teacher.flops / (3 * student.flops)
+    return ideal_step_cost(teacher.flops, student.flops)
 
 
 def _existing(path: Path) -> Path:

@@ -1,64 +1,32 @@
-"""From what a run made to its export and model card: at the end of the run, or again from a checkpoint."""
+"""What a run made, again from its recipe and a checkpoint: opened, or exported."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+from torch import nn
 
 from visiondistill import recipes
 from visiondistill.engine import Result
 from visiondistill.engine.checkpoints import Restored, checkpoint_in, restore
 from visiondistill.engine.errors import ResumeError, SettingsError
-from visiondistill.engine.launch import launch
-from visiondistill.export import About, Exported, export_run
-from visiondistill.measure import report_on, run_config
+from visiondistill.engine.loop import Use
+from visiondistill.export import Exported
+from visiondistill.measure import run_config
 from visiondistill.schema import RecipeError
 from visiondistill.workshop import workshop_of
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from visiondistill.data import Source
-
-Weights = Literal["auto", "ema", "raw"]
 GIVEN = ("student", "teacher", "data")
 """Keys of a recipe in whose place `distill` takes objects."""
-
-
-def publish(
-    result: Result,
-    source: Source,
-    method: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    teacher: str = "",
-    folder: Path | None = None,
-    **options: Any,
-) -> Exported:
-    """Export what a run made, for the classes and images of its data.
-
-    Args:
-        result: of `engine.train`.
-        method: for the model card: the recipe, and what else there is to say of how it was made.
-        metrics: of the test images, see `AccuracyReport.to_dict`; empty where none were measured.
-        teacher: who taught it, in a sentence.
-        folder, options: as of `export_run`.
-
-    Raises:
-        As of `export_run`.
-    """
-    account = source.describe().as_dict()
-    about = About(name="student", data=account, teacher=teacher, method=method, metrics=metrics)
-    size = source.input_size
-    return export_run(result, folder, classes=source.classes, about=about, input_size=size, **source.crop, **options)
 
 
 def export_again(
     run: str | Path,
     folder: str | Path | None = None,
-    weights: Weights = "auto",
+    weights: Use = "auto",
     onnx: bool = False,
     checkpoint: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -83,7 +51,7 @@ def export_again(
     made = reopen(run, weights, checkpoint, changes)
     about = {"recipe": made.config} | _unfinished(made.restored, made.plan)
     place = None if folder is None else Path(folder)
-    return workshop_of(made.plan).export(made.plan, made.result, made.product, place, about, use=weights, onnx=onnx)
+    return workshop_of(made.plan).export(made.plan, made.result, made.product, made.weights, place, about, onnx)
 
 
 @dataclass(frozen=True)
@@ -94,8 +62,7 @@ class Reopened:
         config, plan: its recipe, and what was built of it.
         restored: the checkpoint.
         result: as of `engine.train`, without a history.
-        product: with the weights that were asked for.
-        weights: which these are: "EMA" or "raw".
+        product, weights: as of `Result.choose`.
     """
 
     config: recipes.Config
@@ -108,7 +75,7 @@ class Reopened:
 
 def reopen(
     run: str | Path,
-    weights: Weights = "auto",
+    weights: Use = "auto",
     checkpoint: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Reopened:
@@ -132,12 +99,11 @@ def reopen(
             f"{run} ended in stage '{restored.stage}', before its last one: continue it (train --recipe "
             f"{run / 'config.yaml'} --run.resume auto), or export that stage's product with --checkpoint {found}"
         )
-    if weights == "ema" and restored.ema is None:
-        raise RecipeError("weights: this run kept no average (run.ema_decay is null); take --weights raw")
     result = _as_result(restored, run)
-    averaged = result.ema is not None and weights != "raw"
-    product = result.ema if averaged else result.product
-    return Reopened(config, plan, restored, result, product, "EMA" if averaged else "raw")
+    try:
+        return Reopened(config, plan, restored, result, *result.choose(weights))
+    except ValueError as error:
+        raise RecipeError(f"weights: {error}") from error
 
 
 def _rebuilt(config: recipes.Config, run: Path) -> recipes.Plan:
@@ -164,22 +130,6 @@ def _as_result(restored: Restored, run: Path) -> Result:
         proofs={},
         method=restored.method,
     )
-
-
-def figures(run: Path, product: nn.Module, plan: recipes.Plan, weights: str) -> Mapping[str, Any]:
-    """Figures of a run's test images: those in its folder if they are of these weights, otherwise measured now."""
-    from visiondistill.eval.identity import weights_hash
-
-    stored = run / "evaluation" / "accuracy.json"
-    if stored.is_file():
-        kept = json.loads(stored.read_text("utf-8"))
-        if kept["weights"]["sha256"] == weights_hash(product):
-            return kept
-    if "test" not in plan.source.splits:
-        return {}
-    device = launch().device
-    teacher = None if plan.teacher is None else plan.teacher.to(device)
-    return report_on(product.to(device).eval(), plan.source, teacher, weights).to_dict()
 
 
 def _unfinished(restored: Restored, plan: recipes.Plan) -> dict[str, Any]:

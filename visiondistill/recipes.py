@@ -172,7 +172,8 @@ def kinds(config: Config) -> list[Callable]:
         RecipeError: one that cannot be imported.
     """
     return [
-        schema.resolve(node["method"]["class_path"], f"{where}method.class_path") for _, where, node in _stages(config)
+        schema.import_object(node["method"]["class_path"], f"{where}method.class_path")
+        for _, where, node in _stages(config)
     ]
 
 
@@ -230,7 +231,7 @@ def resolve(config: Config, given: Collection[str] = ()) -> Config:
 def _resolved_stage(index: int, node: Config) -> Config:
     from visiondistill.engine import Method, Optim
 
-    target = schema.resolve(node["method"]["class_path"], "method.class_path")
+    target = schema.import_object(node["method"]["class_path"], "method.class_path")
     left_out = {*FILLED, *_handed_over(index, (), target, node["method"])}
     given = node.get("optim") or {}
     # Players that are not named get "default"; where the recipe has none, the engine's defaults are it.
@@ -331,7 +332,7 @@ def _wired(config: Config, given: Collection[str]) -> Iterator[_Wired]:
     top, trained = {*config, *given}, False
     for index, (name, where, node) in enumerate(_stages(config)):
         _check_stage(node, where)
-        target = schema.resolve(node["method"]["class_path"], f"{where}method.class_path")
+        target = schema.import_object(node["method"]["class_path"], f"{where}method.class_path")
         handed_over = _handed_over(index, top, target, node["method"])
         # What is handed over is then that student: one network would be taught by itself.
         without = {"student"} if trained and handed_over else set()
@@ -364,7 +365,7 @@ def _handed_over(index: int, top: Collection[str], target: Callable, node: Confi
 def _fitted(node: Config, source: Source | None, teacher: nn.Module | None) -> Config:
     """Arguments of a student that follow from the rest: classes, the teacher, and (untrained) the image size."""
     own = node.get("init_args") or {}
-    takes = schema.parameters_of(schema.resolve(node["class_path"], "student"))
+    takes = schema.parameters_of(schema.import_object(node["class_path"], "student"))
     fitted: Config = {} if teacher is None else {"teacher": teacher}
     if source is not None:
         fitted["num_classes"] = len(source.classes)

@@ -36,7 +36,7 @@ def is_class(node: Node) -> bool:
     return isinstance(node, Mapping) and "class_path" in node
 
 
-def resolve(path: str, where: str) -> type:
+def import_object(path: str, where: str) -> Callable[..., Any]:
     """The class or function that `path` names.
 
     Raises:
@@ -127,7 +127,7 @@ def check(node: Node, kind: Any, where: str, later: Sequence[str] = ()) -> None:
         extra = sorted(set(node) - {"class_path", "init_args"})
         if extra:
             raise RecipeError(f"{where}.{extra[0]}: a class has class_path and init_args only")
-        target = resolve(node["class_path"], f"{where}.class_path")
+        target = import_object(node["class_path"], f"{where}.class_path")
         _check_kind(target, kind, where)
         check_arguments(node.get("init_args") or {}, target, where, later)
         return
@@ -174,7 +174,7 @@ def build(node: Node, kind: Any, where: str, given: Mapping[str, Any] | None = N
         RecipeError: a constructor refused its arguments.
     """
     if is_class(node):
-        target = resolve(node["class_path"], where)
+        target = import_object(node["class_path"], where)
         parameters = parameters_of(target)
         arguments = {
             name: build(value, parameters[name].annotation if name in parameters else Any, f"{where}.{name}")
@@ -205,7 +205,7 @@ def complete(node: Node, kind: Any, left_out: Collection[str] = ()) -> Node:
     """
     if is_class(node):
         given = node.get("init_args") or {}
-        arguments = _completed(given, resolve(node["class_path"], "class_path"), left_out)
+        arguments = _completed(given, import_object(node["class_path"], "class_path"), left_out)
         if is_class(given):
             # A class that is itself told a class path and arguments, which it hands on as they are.
             arguments["init_args"] = _handed_on(given, arguments)
@@ -218,9 +218,9 @@ def complete(node: Node, kind: Any, left_out: Collection[str] = ()) -> Node:
     return node
 
 
-def nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(str(name), [str(n) for n in names if not str(n).startswith("_")], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(name: str, names: Any, count: int = 1) -> str:
+    close = difflib.get_close_matches(str(name), [str(n) for n in names if not str(n).startswith("_")], n=count)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def dataclass_of(kind: Any) -> type | None:
@@ -237,7 +237,7 @@ def _completed(arguments: Node, target: Callable, left_out: Collection[str]) -> 
 
 def _handed_on(node: Node, outer: Collection[str]) -> dict[str, Node]:
     """Arguments of the class that `node` names, with the defaults that the `outer` class has no argument for."""
-    target = resolve(node["class_path"], "class_path")
+    target = import_object(node["class_path"], "class_path")
     given = dict(node.get("init_args") or {})
     # Nothing reads them by their annotations.
     kinds = dict.fromkeys(inspect.signature(target).parameters, Any)
@@ -310,6 +310,8 @@ def _leaf(value: Any, kind: Any, where: str) -> Any:
         raise RecipeError(f"{where}: {value} is not a usable number")
     if kind is Any or kind is inspect.Parameter.empty or (value is None and type(None) in _options(kind)):
         return value
+    if type(value) is kind and kind in (bool, int, float, str):
+        return value  # most leaves: a parser for each would cost a millisecond
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

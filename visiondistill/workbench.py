@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from visiondistill import recipes
+from visiondistill.classifiers import ACCURACY
 from visiondistill.data import OwnData, Source
 from visiondistill.engine import Result, train
 from visiondistill.engine.across import process_index
-from visiondistill.engine.checkpoints import Store
+from visiondistill.engine.checkpoints import Store, restore, stage_name
+from visiondistill.engine.launch import launch
+from visiondistill.engine.replay import replay as play_again
+from visiondistill.engine.state import load
+from visiondistill.engine.trial import SWITCHES, fastest
 from visiondistill.measure import run_config
 from visiondistill.preflight import Preflight
-from visiondistill.workshop import ACCURACY, workshop_of
+from visiondistill.workshop import workshop_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,10 +89,11 @@ def run(
     result = train(plan.stages, plan.run, config=recipes.dump(config), watch=workshop.watch(plan))
     if process_index() == 0:
         (result.output_dir / "preflight.json").write_text(json.dumps(facts.as_dict(), indent=1, default=str))
-    student = (result.ema or result.product).eval()
+    student, weights = result.choose()
+    student.eval()
     metrics, exported = {}, None
     if result.reason == "finished":
-        metrics, exported = workshop.finish(plan, result, student, facts, config, artefacts)
+        metrics, exported = workshop.finish(plan, result, student, weights, facts, config, artefacts)
         if process_index() == 0 and artefacts:
             _plot(result.history, result.output_dir / "curves.png")
     return Outcome(student, metrics, result.output_dir, result, facts, exported)
@@ -137,11 +143,6 @@ def replay(folder: str | Path, given: Mapping[str, Any] | None = None) -> dict[s
     Raises:
         RecipeError, SettingsError: no such folder or run, or files of the run that changed.
     """
-    from visiondistill.engine.checkpoints import restore, stage_name
-    from visiondistill.engine.launch import launch
-    from visiondistill.engine.replay import replay as play_again
-    from visiondistill.engine.state import load
-
     folder = Path(folder)
     _, meta = load(folder)
     run_folder = folder.parent.parent
@@ -157,8 +158,6 @@ def replay(folder: str | Path, given: Mapping[str, Any] | None = None) -> dict[s
 
 def _tuned(plan: recipes.Plan, config: recipes.Config, facts: Preflight) -> tuple[recipes.Config, Preflight]:
     """The plan's run with the switches of speed that pay here, and the config that says so."""
-    from visiondistill.engine.trial import SWITCHES, fastest
-
     plan.run, lines = fastest(plan.stages[0], plan.run, sum(stage.steps for stage in plan.stages))
     lines = ["performance, by a trial on this machine:", *(f"  {line}" for line in lines)]
     if process_index() == 0 and plan.run.progress:

@@ -3,11 +3,11 @@
 from diffusion.export.bundle import (
     TOLERANCE,
     About,
-    Exported,
+    ExportedPipeline,
     NotExportable,
     export_generator,
     export_lora,
     why_not,
 )
 
-__all__ = ["TOLERANCE", "About", "Exported", "NotExportable", "export_generator", "export_lora", "why_not"]
+__all__ = ["TOLERANCE", "About", "ExportedPipeline", "NotExportable", "export_generator", "export_lora", "why_not"]

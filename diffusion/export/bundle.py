@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion.conditions import ClassLabels, Prompts, TextEncoders
 from diffusion.denoiser import EDMPreconditioner
 from diffusion.export.card import render
-from diffusion.export.pipelines import Plan, plan
+from diffusion.export.pipelines import PipelinePlan, plan
 from diffusion.export.schedulers import scheduler_for
 from diffusion.generator import Generator
 from diffusion.models.folder import pipeline_of
@@ -45,7 +45,7 @@ ADAPTERS = "lora"
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedPipeline:
     """What `export_generator` wrote.
 
     Attributes:
@@ -97,7 +97,7 @@ def export_generator(
     about: About | None = None,
     weights: str = "as given",
     tolerance: float = TOLERANCE,
-) -> Exported:
+) -> ExportedPipeline:
     """Write a generator so that diffusers alone samples as it does, and prove that it does.
 
     Adapters of a LoRA student are merged into the weights; those of a text pipeline lie beside them
@@ -132,7 +132,7 @@ def export_generator(
                 f"the pipeline that was written makes images that differ by {apart:.3g} from the generator's, more "
                 f"than {tolerance:g}: nothing was exported"
             )
-        exported = Exported(
+        exported = ExportedPipeline(
             folder,
             type(written.pipeline).__name__,
             type(written.pipeline.scheduler).__name__,
@@ -149,7 +149,7 @@ def export_generator(
     return exported
 
 
-def _planned(generator: Generator, steps: int) -> Plan:
+def _planned(generator: Generator, steps: int) -> PipelinePlan:
     try:
         return plan(generator, steps)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _planned(generator: Generator, steps: int) -> Plan:
 
 
 @torch.no_grad()
-def difference(folder: Path, generator: Generator, written: Plan, steps: int) -> float:
+def difference(folder: Path, generator: Generator, written: PipelinePlan, steps: int) -> float:
     """Largest difference of pixels between the folder's images and the generator's, for equal noise."""
     pipeline = pipeline_of(folder, **_absent(written))
     pipeline.set_progress_bar_config(disable=True)
@@ -252,18 +252,18 @@ def _encoders(generator: Generator) -> TextEncoders | None:
     return getattr(generator.conditions, "encoders", None)
 
 
-def _absent(written: Plan) -> dict[str, None]:
+def _absent(written: PipelinePlan) -> dict[str, None]:
     """Parts that the pipeline lacks and must be opened without, by name, such as SD3's third text encoder."""
     optional = type(written.pipeline)._optional_components
     return {name: None for name, part in written.pipeline.components.items() if part is None and name not in optional}
 
 
-def _network(written: Plan) -> Any:
+def _network(written: PipelinePlan) -> Any:
     return getattr(written.pipeline, "unet", None) or written.pipeline.transformer
 
 
 def _describe(
-    exported: Exported, folder: Path, generator: Generator, written: Plan, about: About, weights: str
+    exported: ExportedPipeline, folder: Path, generator: Generator, written: PipelinePlan, about: About, weights: str
 ) -> None:
     network = generator.denoiser.network
     facts = {

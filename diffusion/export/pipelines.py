@@ -24,7 +24,7 @@ GUIDANCE_WIDTH = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """How a generator becomes a folder.
 
     Attributes:
@@ -40,7 +40,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(generator: Generator, steps: int) -> Plan:
+def plan(generator: Generator, steps: int) -> PipelinePlan:
     """The pipeline for a generator, around the generator's own modules where these need no change.
 
     Args:
@@ -85,7 +85,7 @@ def _check_guidance(generator: Generator, kind: str) -> None:
         )
 
 
-def _pixels(generator: Generator, model: nn.Module, steps: int) -> Plan:
+def _pixels(generator: Generator, model: nn.Module, steps: int) -> PipelinePlan:
     import diffusers
 
     codec, labels, student = generator.codec, generator.conditions, generator.sampler == "student"
@@ -104,14 +104,14 @@ def _pixels(generator: Generator, model: nn.Module, steps: int) -> Plan:
                 "on a table (diffusion.models.vp), or leave the labels out"
             )
         notes = (f"`num_inference_steps={steps}` is part of the scheduler's grid: no other number is right.",)
-        return Plan(diffusers.DDPMPipeline(model, scheduler), notes=notes)
+        return PipelinePlan(diffusers.DDPMPipeline(model, scheduler), notes=notes)
     if isinstance(labels, ClassLabels) and labels.null and student:
         model = _without_null_label(model, labels.num_classes)
     if labels is None and not student:
-        return Plan(diffusers.DDIMPipeline(model, scheduler))
+        return PipelinePlan(diffusers.DDIMPipeline(model, scheduler))
     pipeline = diffusers.ConsistencyModelPipeline(model, scheduler)
     random = "Without `class_labels` the pipeline draws labels at random, from the global seed."
-    return Plan(pipeline, notes=(random,) if labels is not None else ())
+    return PipelinePlan(pipeline, notes=(random,) if labels is not None else ())
 
 
 def _without_null_label(model: nn.Module, num_classes: int) -> nn.Module:
@@ -123,7 +123,7 @@ def _without_null_label(model: nn.Module, num_classes: int) -> nn.Module:
     return smaller.eval().requires_grad_(False)
 
 
-def _dit(generator: Generator, model: nn.Module, steps: int) -> Plan:
+def _dit(generator: Generator, model: nn.Module, steps: int) -> PipelinePlan:
     import diffusers
 
     codec = _latents(generator, "DiTPipeline")
@@ -140,10 +140,10 @@ def _dit(generator: Generator, model: nn.Module, steps: int) -> Plan:
             f"DiTPipeline guides by label 1000, and this network has {generator.num_classes} classes: export with "
             f"guidance_scale=1, or distil the guided teacher"
         )
-    return Plan(pipeline, guidance, seeds_call=False, notes=(guided, seeded))
+    return PipelinePlan(pipeline, guidance, seeds_call=False, notes=(guided, seeded))
 
 
-def _text(generator: Generator, model: nn.Module, steps: int) -> Plan:
+def _text(generator: Generator, model: nn.Module, steps: int) -> PipelinePlan:
     prompts = generator.conditions
     if not isinstance(prompts, Prompts) or prompts.encoders is None:
         raise ValueError(f"{type(model).__name__} is exported with its text encoders: open its teacher with prompts")
@@ -158,10 +158,10 @@ def _text(generator: Generator, model: nn.Module, steps: int) -> Plan:
     models = {part: model, "vae": codec.vae, "scheduler": scheduler_for(generator, steps)}
     pipeline = assemble(Path(prompts.encoders.folder), models)
     if not call:
-        return Plan(pipeline, notes=(SELF_GUIDED,))
+        return PipelinePlan(pipeline, notes=(SELF_GUIDED,))
     named = ", ".join(f"{name}={value:g}" for name, value in call.items())
     told = f"The call guides otherwise unless told: give `{named}`."
-    return Plan(pipeline, call, seeds_call=part == "unet", notes=(told,))
+    return PipelinePlan(pipeline, call, seeds_call=part == "unet", notes=(told,))
 
 
 SELF_GUIDED = (

@@ -145,6 +145,7 @@ def test_in_order_gives_every_sample_once(data):
 def test_labelled_fraction_comes_from_the_data_or_the_user():
     assert Stream(Pairs(), BATCH).labelled_fraction == 1.0
     assert Stream(Pairs(targets=[0, 1, -1, -1, 2] * 2), BATCH).labelled_fraction == 0.6
+    assert Stream(Pairs(targets=[-1] * SIZE), BATCH).labelled_fraction == 0.0
     assert Stream(Pairs(), BATCH, labelled_fraction=0.3).labelled_fraction == 0.3
 
 
@@ -162,7 +163,10 @@ def test_a_batch_larger_than_the_set_is_said_aloud():
         ({"data": [], "batch_size": 4}, "data set list is empty"),
         ({"data": Pairs(), "batch_size": 0}, "batch_size >= 1"),
         ({"data": Pairs(), "batch_size": 2, "workers": -1}, "workers >= 0"),
-        ({"data": Pairs(targets=[-1] * SIZE), "batch_size": 2}, r"labelled_fraction must be in \(0, 1\], got 0.0"),
+        (
+            {"data": Pairs(), "batch_size": 2, "labelled_fraction": 1.5},
+            r"labelled_fraction must be in \[0, 1\], got 1.5",
+        ),
     ],
 )
 def test_unfit_arguments_are_refused(arguments, message):

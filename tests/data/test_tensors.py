@@ -24,7 +24,7 @@ def test_floating_images_keep_value_and_precision():
 def test_labelled_fraction_counts_the_labels():
     image = torch.zeros(4, 1, 1, 1)
     assert TensorData({"image": image, "label": torch.tensor([0, -1, -1, 3])}).labelled_fraction == 0.5
-    assert TensorData({"image": image}).labelled_fraction == 1.0
+    assert TensorData({"image": image}).labelled_fraction == 0.0
 
 
 @pytest.mark.parametrize(

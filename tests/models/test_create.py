@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from visiondistill.engine.state import sha256_of
 from visiondistill.models import ClassPath, SmallConvNet, Timm, require_classes
-from visiondistill.models.weights import sha256_of
 
 NAME = "resnet10t"
 
@@ -97,8 +97,8 @@ def test_options_reach_the_model_and_wrong_ones_are_named():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("resnet81", "no model 'resnet81'; did you mean .*resnet18"),
-        ("cifar_resnet2", "did you mean .*cifar_resnet20"),
+        ("resnet81", r"no model 'resnet81' \(did you mean .*'resnet18'"),
+        ("cifar_resnet2", r"\(did you mean .*'cifar_resnet20'"),
         ("resnet18.a1_in2k", "resnet18 has no weights 'a1_in2k'; there are .*resnet18.a1_in1k"),
         ("timm/resnet18", "a model of the hub is hf-hub:timm/resnet18, a folder local-dir:timm/resnet18"),
         ("local-dir:/nowhere", "no config.json in this folder"),
@@ -138,7 +138,7 @@ def test_a_head_is_new_only_where_it_is_asked_for(file):
 def test_a_trunk_without_head_needs_a_new_one(tmp_path):
     trunk = timm.create_model(NAME, num_classes=0).state_dict()
     save_file(trunk, tmp_path / "trunk.safetensors")
-    with pytest.raises(ValueError, match=r"2 missing in the file: fc.bias, fc.weight"):
+    with pytest.raises(ValueError, match=r"2 missing in the file: 'fc.bias', 'fc.weight'"):
         Timm(NAME, weights=str(tmp_path))
     network = Timm(NAME, weights=str(tmp_path), num_classes=4, new_head=True)
     assert network.model.fc.weight.shape[0] == 4
@@ -236,9 +236,9 @@ def test_a_function_of_another_library_serves_too(tmp_path, images):
 @pytest.mark.parametrize(
     ("path", "arguments", "error", "told"),
     [
-        ("nopackage.Net", {}, ValueError, "'nopackage.Net': No module named 'nopackage'"),
+        ("nopackage.Net", {}, ValueError, "'nopackage.Net' cannot be imported: No module named 'nopackage'"),
         ("Net", {}, ValueError, "'Net'"),
-        ("torchvision.models.resnet81", {}, ValueError, "has no 'resnet81'; did you mean .*resnet18"),
+        ("torchvision.models.resnet81", {}, ValueError, r"has no 'resnet81' \(did you mean 'resnet18'\?\)"),
         ("visiondistill.models.SmallConvNet", {"width": 3}, TypeError, r"with \['width'\]: .*'width'"),
         ("builtins.dict", {}, TypeError, "gives a dict, not a torch.nn.Module"),
     ],

@@ -60,11 +60,8 @@ def test_parameters_are_counted_once():
 
 
 def test_the_ideal_step_cost():
-    student = SmallConvNet((4, 6), in_channels=3)
-    assert ideal_step_cost(student, student, (3, 8, 8)) == pytest.approx(4 / 3)
-    teacher = Network(SmallConvNet((8,), in_channels=3), input_size=(3, 16, 16))
-    expected = 1 + count_flops(teacher) / (3 * count_flops(student, (3, 8, 8)))
-    assert ideal_step_cost(teacher, student, (3, 8, 8)) == pytest.approx(expected)
+    assert ideal_step_cost(5, 5) == pytest.approx(4 / 3)
+    assert ideal_step_cost(60, 10) == pytest.approx(3)
 
 
 def test_known_networks():

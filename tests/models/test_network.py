@@ -150,7 +150,13 @@ def test_an_unknown_norm_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "options", "size"),
-    [("resnet10t", {}, (3, 64, 64)), ("test_vit", {"img_size": 32}, (3, 32, 32)), ("test_convnext", {}, (3, 48, 48))],
+    [
+        ("resnet10t", {}, (3, 64, 64)),
+        ("test_vit", {"img_size": 32}, (3, 32, 32)),
+        ("test_convnext", {}, (3, 48, 48)),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32}, (3, 32, 32)),
+        ("crossvit_9_240", {}, (3, 240, 240)),
+    ],
 )
 def test_timm_models_give_features_by_stage(images, name, options, size):
     network = Timm(name, num_classes=7, input_size=size, options=options).eval()
@@ -161,6 +167,9 @@ def test_timm_models_give_features_by_stage(images, name, options, size):
     assert network.num_classes == 7
     torch.testing.assert_close(outputs.logits, network(images).logits)
     assert [tuple(outputs.features[stage].shape[1:]) for stage in (0, last)] == [shapes[0], shapes[last]]
+    with_embedding = network(images, stages=(0,), embedding=True)
+    assert with_embedding.embedding.shape == (2, network.embedding_size())
+    torch.testing.assert_close(with_embedding.logits, outputs.logits)
 
 
 def test_timm_models_bring_their_own_pixels(images):

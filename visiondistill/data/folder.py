@@ -13,7 +13,7 @@ import torch
 from visiondistill.data.encoded import EncodedSource, Reading
 from visiondistill.data.source import SPLITS, TRAIN
 from visiondistill.data.views import Interpolation
-from visiondistill.engine.errors import SettingsError
+from visiondistill.engine.errors import SettingsError, some
 
 EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif")
@@ -90,8 +90,8 @@ class ImageFolder(EncodedSource):
             paths, left = _listed([listing[name] for name in names])
             empty = [name for name, found in zip(names, paths, strict=True) if not found]
             if empty and split == TRAIN:
-                raise SettingsError(f"{folders[split]}: no image of {_some(empty)}; remove the folder or fill it")
-            notes += [f"{split}: no image of {_some(empty)}"] if empty else []
+                raise SettingsError(f"{folders[split]}: no image of {some(empty)}; remove the folder or fill it")
+            notes += [f"{split}: no image of {some(empty)}"] if empty else []
             notes += [f"{split}: {sum(left.values())} other files left out ({_kinds(left)})"] if left else []
             files[split] = Files(folders[split], [path for found in paths for path in found])
             labels[split] = torch.tensor([n for n, found in enumerate(paths) for _ in found], dtype=torch.int64)
@@ -127,7 +127,7 @@ def _split_folders(root: Path, splits: Mapping[str, str] | None) -> dict[str, Pa
             raise SettingsError(f"{root} has {' and '.join(p.name for p in there)}: say which is {split} in `splits`")
         found |= {split: there[0]} if there else {}
     if found and TRAIN not in found:
-        raise SettingsError(f"{root} has a folder for {_some(list(found))}, but none for train: name it in `splits`")
+        raise SettingsError(f"{root} has a folder for {some(found)}, but none for train: name it in `splits`")
     return found or {TRAIN: root}
 
 
@@ -137,7 +137,7 @@ def _named_folders(root: Path, splits: Mapping[str, str]) -> dict[str, Path]:
         raise SettingsError(f"splits must name a folder for train, and may for val and test, got {dict(splits)}")
     missing = [name for name in splits.values() if not (root / name).is_dir()]
     if missing:
-        raise SettingsError(f"{root} has no folder {_some(missing)}; there are {_some(_subfolders(root))}")
+        raise SettingsError(f"{root} has no folder {some(missing)}; there are {some(_subfolders(root))}")
     if len({os.path.realpath(root / name) for name in splits.values()}) < len(splits):
         raise SettingsError(f"one folder cannot serve two splits, got {dict(splits)}")
     return {split: root / splits[split] for split in SPLITS if split in splits}
@@ -149,7 +149,7 @@ def _beside(root: Path, folders: Mapping[str, Path]) -> list[str]:
         return []
     used = {folder.relative_to(root).parts[0] for folder in folders.values()}
     left = [name for name in _subfolders(root) if name not in used]
-    return [f"left out beside {_some(sorted(used))}: {_some(left)}, no split or without classes"] if left else []
+    return [f"left out beside {some(sorted(used))}: {some(left)}, no split or without classes"] if left else []
 
 
 def _holds_classes(folder: Path) -> bool:
@@ -186,8 +186,8 @@ def _agreed(found: dict[str, set[str]], given: Sequence[str] | None, folders: Ma
     for split, names in found.items():
         missing, extra = sorted(wanted - names), sorted(names - wanted)
         if missing or extra:
-            said = [f"lacks {_some(missing)}"] if missing else []
-            said += [f"has {_some(extra)} besides"] if extra else []
+            said = [f"lacks {some(missing)}"] if missing else []
+            said += [f"has {some(extra)} besides"] if extra else []
             raise SettingsError(f"classes differ: compared with {whose}, {folders[split]} {' and '.join(said)}")
     return sorted(wanted) if given is None else [unicodedata.normalize("NFC", name) for name in given]
 
@@ -215,10 +215,6 @@ def _below(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
             real = os.path.realpath(entry.path)
             if real not in above:
                 yield from _below(Path(entry.path), f"{prefix}{entry.name}/", (*above, real))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _kinds(left: Counter[str]) -> str:

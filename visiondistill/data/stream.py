@@ -45,7 +45,7 @@ class Stream:
         origin: where the samples stood in the training set as it was given; None: each in its own row.
 
     Raises:
-        ValueError: an empty set, batch_size < 1, workers < 0, or a fraction outside (0, 1].
+        ValueError: an empty set, batch_size < 1, workers < 0, or a fraction outside [0, 1].
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Stream:
         self.samples, self.contents = len(data), contents
         self.origin = Origin.of(len(data)) if origin is None else origin
         self.labelled_fraction = _labelled_fraction(data) if labelled_fraction is None else labelled_fraction
-        if not 0 < self.labelled_fraction <= 1:
-            raise ValueError(f"labelled_fraction must be in (0, 1], got {self.labelled_fraction} for {name}")
+        if not 0 <= self.labelled_fraction <= 1:
+            raise ValueError(f"labelled_fraction must be in [0, 1], got {self.labelled_fraction} for {name}")
 
     def open(
         self, start: int, rows: Sequence[tuple[int, int]], seed: int, device: torch.device | None = None

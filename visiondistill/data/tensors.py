@@ -64,9 +64,9 @@ class TensorData:
 
     @property
     def labelled_fraction(self) -> float:
-        """Share of rows whose label is not -1; 1 for a set without labels."""
+        """Share of rows whose label is not -1; 0 for a set without labels."""
         label = self.columns.get("label")
-        return 1.0 if label is None else (label >= 0).double().mean().item()
+        return 0.0 if label is None else (label >= 0).double().mean().item()
 
 
 def _check_types(columns: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visiondistill.engine.ema import Ema
-from visiondistill.engine.errors import ResumeError, SettingsError
+from visiondistill.engine.errors import ResumeError, SettingsError, some
 from visiondistill.engine.launch import World
 from visiondistill.engine.method import Method, Turn
 from visiondistill.engine.players import Buffers, LossScale, Player
@@ -221,10 +221,6 @@ def _data(value: object) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _some(names: list[str], count: int = 10) -> str:
-    return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
 def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
     missing, extra = sorted(set(into) - set(source)), sorted(set(source) - set(into))
     misshaped = [
@@ -234,8 +230,8 @@ def _copy(into: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -
     ]
     if missing or extra or misshaped:
         raise ResumeError(
-            f"{what} of the checkpoint do not fit this run: missing {_some(missing)}, unexpected {_some(extra)}, "
-            f"misshaped {_some(misshaped)}"
+            f"{what} of the checkpoint do not fit this run: missing {some(missing)}, unexpected {some(extra)}, "
+            f"misshaped {some(misshaped)}"
         )
     with torch.no_grad():
         for name, tensor in into.items():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+NAMED = 10
+"""Files, classes or tensors that a message names."""
+
 
 class TrainingError(RuntimeError):
     """Base class; `exit_code` is what a command returns for it."""
@@ -43,3 +48,10 @@ class NoGradient(TrainingError):
 
 class NotLearning(TrainingError):
     """Proof of learning failed; see `proof.py`."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of these names, as a message shows them, and how many more there are."""
+    shown = list(map(repr, names))
+    more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
+    return f"{', '.join(shown[:NAMED]) or 'none'}{more}"

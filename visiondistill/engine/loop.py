@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ The product is a copy in eval mode, with averaged weights where an average is ke
 that is done to it reaches the training. Every process calls the watch; the first one's figures are logged.
 """
 
+Use = Literal["auto", "ema", "raw"]
+"""The averaged weights of a product, its raw ones, or the average where one was kept."""
+
 
 @dataclass
 class Result:
@@ -68,6 +71,16 @@ class Result:
     reason: str
     proofs: dict[str, Verdict]
     method: Method
+
+    def choose(self, use: Use = "auto") -> tuple[nn.Module, str]:
+        """The product with the weights that are asked for, and which these are: "EMA" or "raw".
+
+        Raises:
+            ValueError: the average is asked for and none was kept.
+        """
+        if use == "ema" and self.ema is None:
+            raise ValueError("this run kept no average (run.ema_decay is null): take the raw weights")
+        return (self.product, "raw") if self.ema is None or use == "raw" else (self.ema, "EMA")
 
 
 def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: Watch | None = None) -> Result:

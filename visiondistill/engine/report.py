@@ -50,7 +50,7 @@ _RUN_NAME = {
 _STATE = threading.Lock()
 
 
-def resolve(names: Sequence[str]) -> dict[str, type[GeneralTracker]]:
+def tracker_classes(names: Sequence[str]) -> dict[str, type[GeneralTracker]]:
     """The class of each tracker, by the name that the user gave it.
 
     Args:
@@ -107,13 +107,13 @@ class Reports:
     says, else "visiondistill"; all else is theirs to read from the environment.
 
     Raises:
-        SettingsError: see `resolve`.
+        SettingsError: see `tracker_classes`.
     """
 
     def __init__(self, run: Run, config: str | None = None, done: int = 0) -> None:
         self._reporters = [
             _Reporter(name, kind, Path(run.output_dir), partial(settings_of, run, config), done)
-            for name, kind in resolve(run.report_to).items()
+            for name, kind in tracker_classes(run.report_to).items()
         ]
 
     def start(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from visiondistill.engine.method import Method
+from visiondistill.engine.report import tracker_classes
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,7 @@ class Run:
         names = isinstance(self.report_to, list) and all(isinstance(name, str) for name in self.report_to)
         _require(names, "report_to", self.report_to, "a list of names, as in [tensorboard]")
         if self.report_to:
-            from visiondistill.engine.report import resolve
-
-            resolve(self.report_to)
+            tracker_classes(self.report_to)
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

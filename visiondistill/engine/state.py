@@ -59,7 +59,7 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mappin
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
-    unfinished.write_text(text)
+    unfinished.write_text(text, "utf-8")
     os.replace(unfinished, path)
 
 

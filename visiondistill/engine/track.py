@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -195,14 +196,18 @@ def _bar(total: int, initial: int) -> tqdm | None:
     return tqdm(total=total, initial=initial, unit="img", unit_scale=True, dynamic_ncols=True, leave=False)
 
 
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(world: World) -> dict[str, Any]:
     """Versions and device, for the run folder."""
-    packages = {}
-    for name in ("visiondistill", "torch", "torchvision", "timm", "accelerate", "diffusers", "peft"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    names = ("visiondistill", "torch", "torchvision", "timm", "accelerate", "diffusers", "peft")
+    packages = {name: version for name in names if (version := _version(name))}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()
     return {
         "python": platform.python_version(),

@@ -29,12 +29,6 @@ class Bins:
     accuracy: Tensor
     confidence: Tensor
 
-    @property
-    def ece(self) -> float:
-        """Mean over images of |accuracy - confidence| of their bin."""
-        gap = (self.accuracy - self.confidence).abs().nan_to_num()
-        return ((gap * self.count).sum() / self.count.sum()).item()
-
 
 def reliability(judged: Judged, bins: int = BINS) -> Bins:
     """The bins of the calibration error, with what is in them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visiondistill.eval.calibration import reliability
-from visiondistill.eval.classify import BINS
+from visiondistill.eval.classify import BINS, calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,10 +146,9 @@ def _reliability(above: Axes, below: Axes, report: AccuracyReport, title: str, c
     above.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="perfect calibration")
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     above.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    nll = judged.nll.mean().item()
-    above.text(
-        0.03, 0.80, f"ECE {bins.ece:.2%}\nNLL {nll:.4f}\nn = {len(judged.label):,}", fontsize=10, color=INK, va="top"
-    )
+    ece, nll = calibration_error(judged.confidence, judged.right).item(), judged.nll.mean().item()
+    told = f"ECE {ece:.2%}\nNLL {nll:.4f}\nn = {len(judged.label):,}"
+    above.text(0.03, 0.80, told, fontsize=10, color=INK, va="top")
     above.legend(loc="upper left", frameon=False, fontsize=9)
     below.bar(left, shares, width, align="edge", color=PALE, edgecolor="white")
     mean, right = judged.confidence.mean().item(), judged.right.double().mean().item()

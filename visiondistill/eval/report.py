@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from visiondistill.engine.state import write_text
 from visiondistill.eval.calibration import fit_temperature
 from visiondistill.eval.classify import Answers, Judged, Scores, collect
 from visiondistill.eval.identity import preprocessing, weights_hash
@@ -185,7 +186,7 @@ class AccuracyReport:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "accuracy.json").write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False), "utf-8")
+        write_text(folder / "accuracy.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
         with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.DictWriter(file, ["name", "count", "recall", "precision", "taken_for"])
             rows.writeheader()

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from visiondistill.engine import Result
+from visiondistill.engine.loop import Use
 from visiondistill.engine.state import sha256_of
 from visiondistill.eval.identity import CropMode, preprocessing, weights_hash
 from visiondistill.export import onnx_file, program, timm_folder
@@ -109,7 +110,7 @@ def export_run(
     result: Result,
     folder: str | Path | None = None,
     *,
-    use: Literal["auto", "ema", "raw"] = "auto",
+    use: Use = "auto",
     **options: Any,
 ) -> Exported:
     """Export what a run made.
@@ -123,12 +124,8 @@ def export_run(
     Raises:
         ValueError: the average is asked for and none was kept; further errors as `export`.
     """
-    if use == "ema" and result.ema is None:
-        raise ValueError("this run kept no average: set run.ema_decay, or export its raw weights (use='raw')")
-    averaged = result.ema is not None and use != "raw"
-    folder = result.output_dir / "export" if folder is None else folder
-    product = result.ema if averaged else result.product
-    return export(product, folder, weights="EMA" if averaged else "raw", **options)
+    product, weights = result.choose(use)
+    return export(product, folder or result.output_dir / "export", weights=weights, **options)
 
 
 def rehearse(model: nn.Module, **options: Any) -> Exported:

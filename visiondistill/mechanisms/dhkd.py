@@ -26,6 +26,7 @@ from visiondistill import Distiller, recipes
 from visiondistill.data import Source
 from visiondistill.distiller import TRAIN, StudentSide
 from visiondistill.engine import train
+from visiondistill.engine.state import write_text
 from visiondistill.eval import evaluate
 from visiondistill.eval.plots import INK, RIGHT, WRONG
 from visiondistill.mechanisms.tables import finished, markdown, minus, spread
@@ -85,7 +86,7 @@ def measured(arm: str, seed: int, source: Source, teacher: str, folder: Path) ->
     found = {"accuracy": evaluate(result.product.eval(), source.test()).accuracy, "seconds": perf_counter() - started}
     if looks := cosines(place):
         found["cosine"] = statistics.fmean(looks.values())
-    (place / "result.json").write_text(json.dumps(found), "utf-8")
+    write_text(place / "result.json", json.dumps(found))
     return found
 
 

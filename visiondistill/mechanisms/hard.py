@@ -24,6 +24,7 @@ from visiondistill.augmentors import AffineRange, Hard
 from visiondistill.data.glyphs import CANVAS, MARGIN, glyphs
 from visiondistill.engine import Result, train
 from visiondistill.engine.rng import Draw, key
+from visiondistill.engine.state import write_text
 from visiondistill.eval import evaluate
 from visiondistill.mechanisms.tables import finished, markdown, spread
 
@@ -107,7 +108,7 @@ def measured(arm: str, seed: int, teacher: nn.Module, folder: Path) -> dict[str,
         in_all = covered(torch.stack(list(looks.values())).sum(0))
         found |= {"covered": curve, "covered_at_end": list(curve.values())[-1], "covered_in_all": in_all}
         augmentor.draw(glyphs(10, seed=key("picture")).columns["image"], place)
-    file.write_text(json.dumps(found), "utf-8")
+    write_text(file, json.dumps(found))
     return found
 
 

@@ -22,6 +22,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import cosine_similarity
 
 from visiondistill.data import Source, in_order
+from visiondistill.engine.state import write_text
 from visiondistill.eval.plots import INK, PALE, RIGHT, WRONG
 from visiondistill.mechanisms.pair import Pair, arguments, configured, trained
 from visiondistill.mechanisms.tables import finished, markdown, minus, spread
@@ -88,7 +89,7 @@ def measured(arm: str, seed: int, pair: Pair, means: Tensor, folder: Path) -> di
     found = directions(student, pair.teacher, means, pair.source.test())
     torch.save(found, place / "features.pt")
     told = {"accuracy": accuracy} | {name: values.mean().item() for name, values in found.items()}
-    file.write_text(json.dumps(told), "utf-8")
+    write_text(file, json.dumps(told))
     return told
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from visiondistill.data import in_order
 from visiondistill.engine.method import Batch
 from visiondistill.engine.rng import key
+from visiondistill.engine.state import write_text
 from visiondistill.eval.plots import INK, RIGHT, WRONG
 from visiondistill.mechanisms.pair import Pair, arguments, configured, trained
 from visiondistill.mechanisms.tables import Runs, finished, markdown, minus, paired, spread
@@ -111,7 +112,7 @@ def measured(arm: str, seed: int, pair: Pair, folder: Path) -> dict[str, float]:
         torch.save(groups, place / "alpha.pt")
         found |= {name: alpha.mean().item() for name, alpha in groups.items()}
         found["clean"] = torch.cat([groups["right"], groups["wrong"]]).mean().item()
-    file.write_text(json.dumps(found), "utf-8")
+    write_text(file, json.dumps(found))
     return found
 
 

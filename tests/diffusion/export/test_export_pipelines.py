@@ -197,6 +197,28 @@ def test_a_table_that_ends_at_zero_snr(tmp_path):
     torch.testing.assert_close(images(open_generator(exported.folder)), images(made), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "steps", "told"),
+    [
+        ("leading", 3, None),
+        ("trailing", 4, None),
+        ("trailing", 3, "from 666 it goes to 333, not to 332"),
+        ("linspace", 4, "from 999 it goes to 749, not to 666"),
+    ],
+)
+def test_a_teacher_that_diffusers_walks_otherwise_is_refused_before_it_is_trained(tmp_path, spacing, steps, told):
+    """Its DDIM goes down by T // steps from each time, whatever the grid says."""
+    from diffusers import DDIMScheduler
+
+    folder = folders.pixels(tmp_path / "teacher", DDIMScheduler(timestep_spacing=spacing, clip_sample=False))
+    made = open_generator(folder, steps=steps)
+    if told is None:
+        assert bundle.why_not(made) is None
+        assert export_generator(made, tmp_path / "export").largest_difference <= 1e-5
+    else:
+        assert told in bundle.why_not(made)
+
+
 def test_a_generator_in_another_precision_is_written_in_float32(tmp_path):
     exported = export_generator(student(unet(3).double(), 4), tmp_path / "export")
     assert torch.equal(images(open_generator(exported.folder)), images(student(unet(3), 4)))

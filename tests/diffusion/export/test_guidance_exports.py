@@ -7,7 +7,7 @@ from pathlib import Path
 import pipeline_folders as folders
 import pytest
 
-from diffusion.export import export_generator
+from diffusion.export import NotExportable, export_generator
 from diffusion.export.bundle import why_not
 from diffusion.models import UNet2D, open_generator, vp
 
@@ -41,4 +41,9 @@ def test_guidance_that_no_pipeline_can_say_is_refused_with_the_cure(tmp_path: Pa
         assert why_not(within.student(within.denoiser, 4)) is None
     rescaled = open_generator(dit[0], guidance_scale=2.0, guidance_rescale=0.5)
     assert "no pipeline of DiTTransformer2DModel rescales guidance: export with guidance_rescale=0" in why_not(rescaled)
-    assert "UNet2DModel" in why_not(UNet2D((3, 8, 8), 3, **pixels, guidance_rescale=0.5))
+    guided = UNet2D((3, 8, 8), 3, **pixels, guidance_rescale=0.5)
+    assert "UNet2DModel" in why_not(guided)
+    with pytest.raises(NotExportable) as refused:
+        export_generator(guided, tmp_path / "export")
+    assert str(refused.value) == why_not(guided)
+    assert not (tmp_path / "export").exists()
