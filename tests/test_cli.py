@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import yaml
 
 from visiondistill import catalogue, recipes, schema
 from visiondistill.cli import COMMANDS, main
+from visiondistill.engine import Batch
+from visiondistill.engine.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 RING = entry_points(group=COMMANDS, name="demo.ring")
@@ -34,6 +38,28 @@ def test_train_runs_a_recipe_and_resumes_it(tmp_path: Path, capsys: pytest.Captu
         assert not told.out, "it is said before the preflight"
     again = ["train", "--recipe", str(tmp_path / "run" / "config.yaml"), "--run.resume", "auto"]
     assert main(again) == 0
+
+
+def test_an_interrupted_run_says_what_is_kept_and_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, play = tmp_path / "run", Step.__call__
+
+    def interrupted(self: Step, step: int, raw: Sequence[Batch]) -> None:
+        play(self, step, raw)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["train", "--recipe", "smoke/kd", "--run.output_dir", str(folder), *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupted)
+        assert main(words) == 128 + signal.SIGINT
+    *_, where, further = capsys.readouterr().out.splitlines()
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert where == f"SIGINT after step 3; run folder {folder}"
+    assert further == f"kept as {saved}; the same command with --run.resume auto goes on from there"
+    assert main([*words, "--run.resume", "auto"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"finished after step 12; run folder {folder}"
 
 
 @pytest.mark.parametrize(

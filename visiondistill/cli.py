@@ -145,15 +145,20 @@ def train(words: list[str]) -> int:
     dry_run = bool(changes.pop("dry-run", False))
     config = recipes.override(recipes.load(str(changes.pop("recipe"))), changes)
     from visiondistill.engine.across import process_index
+    from visiondistill.engine.checkpoints import step_name
     from visiondistill.workbench import run
 
     outcome = run(config, dry_run)
     if outcome is None:
         return 0
     result = outcome.result
+    finished = result.reason == "finished"
     if process_index() == 0:
         print(f"{result.reason} after step {result.step}; run folder {result.output_dir}")
-    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+        saved = result.output_dir / "checkpoints" / step_name(result.step)
+        if not finished and saved.is_dir():
+            print(f"kept as {saved}; the same command with --run.resume auto goes on from there")
+    return 0 if finished else 128 + signal.Signals[result.reason]
 
 
 def finetune(words: list[str]) -> int:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from visiondistill.data import Stream, TensorData
 from visiondistill.engine import Draw, Method, Optim, Run, Stage, Turn, state, train
+from visiondistill.engine import signals as signals_module
 from visiondistill.engine.errors import ResumeError, SettingsError
+from visiondistill.engine.launch import World
+from visiondistill.engine.signals import Signals
 
 
 class Regression(Method):
@@ -141,6 +144,50 @@ def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, number: int) -> None
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Not when its step is over, which may take a while."""
+    answers = []
+
+    def act() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        answers.append(capfd.readouterr().err)
+
+    run(tmp_path, Regression(at=6, act=act))
+    assert answers == ["\nSIGINT: finishes this step and saves; Ctrl-C interrupts at once from now on\n"]
+
+
+def test_a_signal_is_answered_once_and_by_the_first_process_alone(capfd: pytest.CaptureFixture) -> None:
+    for rank, size, told in ((0, 1, "this step"), (0, 2, "the steps up to the next metrics line"), (1, 2, "")):
+        with Signals(World(torch.device("cpu"), rank, size)) as signals:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        said = capfd.readouterr().err
+        assert said.count("SIGTERM") == (rank == 0)
+        assert f"finishes {told} and saves" in said or not told
+
+
+def test_a_signal_counts_where_stderr_has_gone_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals_module, "STDERR", -1)
+    with Signals(World(torch.device("cpu"))) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+
+
+def test_a_run_that_may_go_on_says_where_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    last = first / "checkpoints" / "step_000000012"
+    anew = f"starts anew: there is no checkpoint in {first}\n"
+    for folder, resume, told in ((first, "auto", anew), (first, "auto", last), (other, str(first), last)):
+        run(folder, resume=resume, progress=True)
+        said = capsys.readouterr().err
+        assert said.startswith(told if told == anew else f"goes on after step 12 ({told})\n")
+    run(first, resume="auto")
+    assert capsys.readouterr().err == ""
+    run(tmp_path / "plain", progress=True)
+    assert capsys.readouterr().err.startswith("step 4/12")
+
+
 def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
@@ -160,7 +207,7 @@ def test_init_from_another_network_names_the_tensors(tmp_path: Path) -> None:
     run(tmp_path / "first")
     other = Regression()
     other.players["line"] = nn.Linear(1, 1, bias=False)
-    with pytest.raises(ResumeError, match=r"unexpected \['players\.line\.bias'\]"):
+    with pytest.raises(ResumeError, match=r"unexpected 'players\.line\.bias'"):
         run(tmp_path / "second", other, init_from=str(tmp_path / "first"))
 
 

@@ -56,6 +56,15 @@ def test_the_error_names_step_turn_term_and_input(name: str, tmp_path: Path) -> 
         assert part in error, error
 
 
+def test_the_error_ends_with_what_can_be_done_and_names_a_few_tensors(tmp_path: Path) -> None:
+    *causes, replays, cure = play(poisoned("hint", POISON), tmp_path).error.splitlines()
+    assert "workbench.replay" in replays
+    assert cure.startswith("Lower optim.*.lr")
+    (gradients,) = (line for line in causes if "players.student." in line)
+    assert gradients.count("players.student.") == 3
+    assert gradients.endswith(" more")
+
+
 @pytest.mark.parametrize("name", ["hint", "batch_norm"])
 def test_a_bundle_is_written_and_no_checkpoint(name: str, tmp_path: Path) -> None:
     job = poisoned(name, POISON, 50)

@@ -198,6 +198,14 @@ def test_a_full_disk_keeps_the_lines_of_a_resumed_run(tmp_path: Path, disks: lis
     assert steps_of(tmp_path) == list(range(1, 51))
 
 
+def test_losses_are_in_the_order_of_their_turns_whichever_began_the_window(tmp_path: Path) -> None:
+    """The student's turn is every fifth: windows of 7 steps begin with it, and 2, 4, 1 and 3 steps after it."""
+    history = play(Job("windows", "dmd2", steps=35, settings={"log_every": 7}), tmp_path).history
+    first, *others = ([name for name in line if "/" in name] for line in history)
+    assert [name.partition("/")[0] for name in first[:5]] == ["student", "student", "critic", "critic", "lr"]
+    assert others == [first] * 4
+
+
 class Terminal:
     """stderr, as a terminal or a file; `broken` raises that error at each write."""
 

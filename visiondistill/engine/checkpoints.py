@@ -131,6 +131,12 @@ class Store:
         folder = _continued(self.run)
         return None if folder is None else Checkpoint.read(folder)
 
+    def continues(self, checkpoint: Checkpoint | None) -> str:
+        """What a run that was asked to go on says of where it begins."""
+        if checkpoint is None:
+            return f"starts anew: there is no checkpoint in {self.folder}"
+        return f"goes on after step {checkpoint.meta['global_step']} ({checkpoint.folder})"
+
     @staticmethod
     def earlier(run: Run) -> dict[str, Any] | None:
         """Settings of the run that `run` continues; None where it continues none."""
@@ -181,7 +187,7 @@ class Store:
             if step == assembly.stage.steps and not final:
                 # First, so that no checkpoint of a later step can be there without it.
                 self._write(stage_name(index, assembly.stage), tensors, meta)
-            self._write(f"step_{global_step:09d}", tensors, meta)
+            self._write(step_name(global_step), tensors, meta)
             state.retain(self.checkpoints, self.run.keep, self.run.keep_every)
         self.world.barrier()
 
@@ -252,6 +258,11 @@ def restore(stages: Sequence[Stage], run: Run, folder: Path) -> Restored:
         last_stage=last == len(stages) - 1,
         finished=last == len(stages) - 1 and checkpoint.meta["step"] == stage.steps,
     )
+
+
+def step_name(step: int) -> str:
+    """Folder that keeps the state after a step, counted over all stages."""
+    return f"step_{step:09d}"
 
 
 def stage_name(index: int, stage: Stage) -> str:

@@ -50,8 +50,8 @@ class NotLearning(TrainingError):
     """Proof of learning failed; see `proof.py`."""
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], limit: int = NAMED) -> str:
     """The first of these names, as a message shows them, and how many more there are."""
     shown = list(map(repr, names))
-    more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
-    return f"{', '.join(shown[:NAMED]) or 'none'}{more}"
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return f"{', '.join(shown[:limit]) or 'none'}{more}"

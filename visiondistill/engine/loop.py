@@ -111,11 +111,14 @@ def train(stages: Sequence[Stage], run: Run, config: str | None = None, watch: W
     reports = Reports(run, config, done)
     compiling = compiler_settings() if run.compile else nullcontext()
     exactly = repeatable() if run.deterministic else nullcontext()
-    with compiling, exactly, Signals() as signals, ExitStack() as stack, memory_advice(run, stages):
+    with compiling, exactly, Signals(world) as signals, ExitStack() as stack, memory_advice(run, stages):
 
         def begin() -> Tracker:
             store.describe(config)
-            return stack.enter_context(Tracker(store.folder, world, total, done, run.batch_size, run.progress, reports))
+            tracker = Tracker(store.folder, world, total, done, run.batch_size, run.progress, reports)
+            if run.resume != "none":
+                tracker.say(store.continues(checkpoint))
+            return stack.enter_context(tracker)
 
         result = _Session(stages, run, world, store, signals, begin, watch).play(checkpoint)
     if world.any(signals.received is not None):
@@ -257,7 +260,9 @@ class _Session:
 
     def _read(self, update: Step) -> dict[str, float]:
         """Mean terms since the last reading: the one place where the host waits for the device."""
-        guard, played = update.context.guard, update.played
+        guard, turns = update.context.guard, [turn.name for turn in update.context.assembly.turns]
+        # By turn, not as they were played: which turn of a cycle begins a window must not change a line's order.
+        played = sorted(update.played, key=lambda each: turns.index(each[1]))
         tensors = [value.reshape(()) for _, _, terms in played for value in terms.values()]
         values = torch.stack([t.double() for t in [*tensors, guard.refused]])
         if self.world.size > 1:
@@ -270,7 +275,7 @@ class _Session:
         for _, turn, terms in played:
             for name in terms:
                 found.setdefault(f"{turn}/{name}", []).append(next(numbers))
-        played.clear()
+        update.played.clear()
         # The highest: layers below the head may have lower ones.
         groups = {name: player.optimizer.param_groups for name, player in update.context.players.items()}
         rates = {f"lr/{name}": max(group["lr"] for group in own) for name, own in groups.items()}
@@ -306,9 +311,12 @@ class _Session:
         folder = self.store.folder / "replay" / f"step_{step:09d}_rank_{self.world.rank}"
         replay.write(folder, assembly.state, batches, meta | found)
         seen = {name: value.item() for name, value in terms.items()}
-        causes = found["not_finite"] or "a term or gradient (not on replay)"
-        raise NonFinite(
-            f"step {step} of stage '{assembly.stage.name}', turn '{turn}': not finite: {causes}; terms {seen}. "
-            f"Nothing was updated from it; {folder} keeps it, and visiondistill.workbench.replay plays it again. "
-            f"Lower optim.*.lr, set optim.*.clip, or mend the inputs that are named here."
-        )
+        causes = replay.places(found["not_finite"]) or ["a term or gradient (not on replay)"]
+        lines = [f"step {step} of stage '{assembly.stage.name}', turn '{turn}': not finite, the cause first:"]
+        lines += [f"  - {line}" for line in causes]
+        lines += [
+            f"Its terms: {seen}.",
+            f"Nothing was updated from it; {folder} keeps it, and visiondistill.workbench.replay plays it again.",
+            "Lower optim.*.lr, set optim.*.clip, or mend the inputs that are named here.",
+        ]
+        raise NonFinite("\n".join(lines))

@@ -6,7 +6,8 @@ The folder holds the weights before the step, the batch of every micro-batch and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from visiondistill.engine import state
+from visiondistill.engine.errors import NAMED, some
 from visiondistill.engine.method import Batch, Carry, Method, Turn
 from visiondistill.engine.rng import Draw, Reseed
 from visiondistill.engine.shares import Rows
@@ -77,6 +79,16 @@ def examine(method: Method, batches: Sequence[Batch], meta: Mapping[str, Any]) -
         for name, buffer in method.named_buffers():
             buffer.copy_(buffers[name])
     return {"terms": terms, "not_finite": list(dict.fromkeys(wrong))}
+
+
+def places(not_finite: Iterable[str]) -> list[str]:
+    """What `examine` named, as lines of a message: inputs and state, terms, and a few tensors of each player."""
+    groups: dict[str, list[str]] = {}
+    for name in not_finite:
+        player = re.match(r"(.+: )?players\.[^.]+", name)
+        groups.setdefault(player[0] if player else name.partition("/")[1], []).append(name)
+    # One tensor says that a player is lost; of what leads there more is worth a look.
+    return [some(names, 3 if "players." in group else NAMED) for group, names in groups.items()]
 
 
 def _prepared(method: Method, raw: Batch, rows: Rows, due: Sequence[Turn], meta: Mapping[str, Any]) -> Batch:
