@@ -154,8 +154,9 @@ def store_latents(words: list[str]) -> int:
                                             [--split train] [--batch_size B] [--generator.KEY VALUE]
                                             [--captions FILE --generator.prompts FILE]
 
-    Encodes the images of a data set once by a pipeline's VAE, so that training need not
-    (data: diffusion.models.CachedLatents). Another VAE or other images are refused when FILE is used.
+    Encodes the images of a data set once by a pipeline's VAE, so that training need not: at the end
+    stand the options by which `train` reads FILE (its data are then diffusion.models.CachedLatents).
+    Another VAE or other images are refused when FILE is used.
     Captions, one a line for each image that the data list, in their order, tell a text-conditional
     generator which of its prompts an image shows: all of them must be among its prompts.
     """
@@ -166,14 +167,16 @@ def store_latents(words: list[str]) -> int:
     from diffusion.codecs import Pixels
     from diffusion.models import cache_latents
     from diffusion.models.prompts import read_captions
-    from diffusion.subject import generator_of, source_of
+    from diffusion.subject import data_config, generator_of
+    from visiondistill.recipes import source_of
     from visiondistill.schema import RecipeError
 
     file = _named(chosen, "file", "FILE")
     generator = generator_of(chosen["run"], chosen["pipeline"], chosen["changes"])
     if isinstance(generator.codec, Pixels):
         raise RecipeError("this generator works on pixels: it has no VAE, and there is nothing to encode")
-    source = source_of(chosen["run"], chosen["changes"])
+    config = data_config(chosen["run"], chosen["changes"])
+    source = source_of(config)
     said = {name: chosen[name] for name in ("split", "batch_size")}
     try:
         captions = None if chosen["captions"] is None else read_captions(chosen["captions"])
@@ -181,7 +184,19 @@ def store_latents(words: list[str]) -> int:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     print(f"{len(kept)} latents of {list(generator.shape)}: {file}")
+    if chosen["split"] == "train":
+        print(f"to train on them, give `visiondistill train` these options: {_reading_latents(config['data'], file)}")
     return 0
+
+
+def _reading_latents(data: dict[str, Any], file: str) -> str:
+    """Options of `train` that put stored latents in the place of the training images of `data`."""
+    import json
+    import shlex
+
+    source = json.dumps(data, ensure_ascii=False)
+    words = ["--data.class_path", "diffusion.models.CachedLatents", "--data.source", source, "--data.file", file]
+    return shlex.join(words)
 
 
 def _named(options: dict[str, Any], name: str, what: str, ask: str = "say where to") -> str:

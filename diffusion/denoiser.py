@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,8 +185,20 @@ def _inner(network: Network, path: str) -> nn.Module:
         return named[path if path in named else fitting[0]]
     if fitting:
         raise ValueError(f"tap {path!r} is the end of several modules' paths: write out one of {', '.join(fitting)}")
-    outer = [name for name in named if name and name.count(".") <= 1]
-    raise ValueError(f"tap {path!r} is no module of {type(network).__name__}; it has {', '.join(outer) or 'none'}")
+    outer, middle = [name for name in named if name and name.count(".") <= 1], _middle_block(named)
+    raise ValueError(
+        f"tap {path!r} is no module of {type(network).__name__}; it has {', '.join(outer) or 'none'}"
+        + (f"; take {middle!r}, its middle block" if middle else "")
+    )
+
+
+def _middle_block(named: Mapping[str, nn.Module]) -> str:
+    """A UNet's "mid_block", or the middle one of the longest of the outermost lists of modules; "" for neither."""
+    if unets := [name for name in named if name.endswith("mid_block")]:
+        return unets[0]
+    counts = {name: len(module) for name, module in named.items() if isinstance(module, nn.ModuleList)}
+    blocks = min(counts, key=lambda name: (name.count("."), -counts[name]), default=None)
+    return "" if blocks is None else f"{blocks}.{counts[blocks] // 2}"
 
 
 class EDMPreconditioner(nn.Module):

@@ -153,7 +153,7 @@ def read_own(generator: Generator) -> Reading | None:
     declared type, as much again for every other.
 
     Returns:
-        None where nothing tells: no type makes samples that the network then denoises.
+        None where nothing tells: of no prediction type come samples that the network then denoises.
     """
     noise, declared, condition = _own_noise(generator), generator.denoiser.prediction_type, None
     if generator.conditions is not None:

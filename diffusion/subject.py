@@ -54,11 +54,17 @@ def source_of(run: str | None, changes: recipes.Config) -> Source:
     Raises:
         RecipeError: neither names any.
     """
+    return recipes.source_of(data_config(run, changes))
+
+
+def data_config(run: str | None, changes: recipes.Config) -> recipes.Config:
+    """A config of nothing but the data that `source_of` builds; empty where none are named."""
     config: dict[str, Any] = {} if run is None else measure.run_config(run)
     data = _below("data.", changes)
     if "data" not in config and data:
         config["data"] = recipes.load(measure.DATA)["data"]
-    return recipes.source_of(recipes.override(config, {f"data.{name}": value for name, value in data.items()}))
+    named = {"data": config["data"]} if "data" in config else {}
+    return recipes.override(named, {f"data.{name}": value for name, value in data.items()})
 
 
 def _below(part: str, changes: recipes.Config) -> recipes.Config:

@@ -142,7 +142,7 @@ def _measured(plan: Plan) -> list[str]:
         raise SettingsError(f"teacher: it cannot take {teacher.steps} steps: {error}") from error
     if source is None:
         reading = read_own(teacher)
-        untold = "teacher not measured: there are no images, and no type makes samples that it then denoises"
+        untold = "teacher not measured: there are no images, and its own samples are denoised by no prediction type"
         return [f"{untold}: is it trained?" if reading is None else reading.check()]
     if source.input_size != teacher.input_size:
         raise SettingsError(
@@ -251,4 +251,13 @@ def _about(plan: Plan, method: Mapping[str, Any], metrics: Mapping[str, Any] | N
     from diffusion.export import About
 
     data = "no data" if plan.source is None else plan.source.describe().as_dict()
-    return About(data=data, method=method, metrics=metrics or {})
+    return About(data=data, teacher=_taught_by(plan.teacher), method=method, metrics=metrics or {})
+
+
+def _taught_by(teacher: nn.Module | None) -> str:
+    """Class and folder of a teacher; "" where the recipe's top names none."""
+    if teacher is None:
+        return ""
+    # Of a pipeline, or of a run of this package.
+    place = getattr(teacher, "folder", None) or getattr(teacher, "run", None)
+    return type(teacher).__name__ + (f" of {place}" if place else "")

@@ -57,6 +57,15 @@ def test_wrong_keys_and_values_are_named(changes: dict, named: str) -> None:
         recipes.build(recipes.override(recipes.load("smoke/kd"), changes))
 
 
+@pytest.mark.parametrize("name", ["data.source.root", "data.source"])
+def test_arguments_without_their_class_are_refused_with_the_keys_that_name_it(name: str) -> None:
+    value = "photos" if name.endswith("root") else {"root": "photos"}
+    config = {"data": {"class_path": "diffusion.models.CachedLatents", "init_args": {"file": "latents"}}}
+    told = r"data\.source: .*which Source it is: .*class_path: .*init_args: \{root: \.\.\.\}"
+    with pytest.raises(RecipeError, match=told):
+        recipes.source_of(recipes.override(config, {name: value}))
+
+
 def test_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="smoke/kd"):
         recipes.load("smoke/kdd")

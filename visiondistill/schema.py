@@ -319,8 +319,18 @@ def _leaf(value: Any, kind: Any, where: str) -> Any:
     try:
         return parser.parse_object({"value": value}).value
     except (ArgumentError, TypeError, ValueError) as error:
+        if isinstance(value, Mapping) and _asks_class(kind):
+            raise RecipeError(
+                f"{where}: {dict(value)!r} does not say which {_name(kind)} it is: write it as "
+                f"{{class_path: package.module.Class, init_args: {{{', '.join(f'{name}: ...' for name in value)}}}}}"
+            ) from error
         reason = str(error).splitlines()[-1].strip()
         raise RecipeError(f"{where}: {value!r} does not fit {_name(kind)} ({reason})") from error
+
+
+def _asks_class(kind: Any) -> bool:
+    """Whether an annotation asks for objects that only `class_path` can name."""
+    return any(inspect.isclass(option) and option.__module__ != "builtins" for option in _options(kind))
 
 
 def _name(kind: Any) -> str:

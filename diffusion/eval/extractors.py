@@ -172,7 +172,7 @@ def squeezenet(weights: str | Path | None = None, size: int = 96) -> Extractor:
     except OSError as error:
         raise SettingsError(
             f"squeezenet's published weights are neither in torchvision's cache nor to be had ({error}): name a file "
-            f"of them, or take random features, which need none"
+            f"of them (--extractor_weights FILE), or take random features, which need none (--extractor random)"
         ) from error
     return NetworkExtractor("squeezenet", network, _last_map, "mean of the last feature map")
 
@@ -247,7 +247,10 @@ def extractor_of(name: str, weights: str | Path | None = None) -> Extractor:
 
 def _inception(weights: str | Path | None) -> Extractor:
     if weights is None:
-        raise SettingsError(f"fid needs the file {INCEPTION_FILE} of torch-fidelity's releases: name it as the weights")
+        raise SettingsError(
+            f"fid needs the file {INCEPTION_FILE} of torch-fidelity's releases: name it as the weights "
+            f"(--extractor_weights FILE)"
+        )
     return InceptionExtractor(weights)
 
 

@@ -133,6 +133,11 @@ def _dit(generator: Generator, model: nn.Module, steps: int) -> PipelinePlan:
         )
     pipeline = diffusers.DiTPipeline(model, codec.vae, scheduler_for(generator, steps))
     guided = "The call guides by 4 unless told otherwise, with label 1000 for the null label: give `guidance_scale`."
+    if generator.num_classes < 1000:
+        guided = (
+            f"**`guidance_scale=1` is not optional: without it the call fails.** The pipeline guides by default, with "
+            f"label 1000 for the null label, and this network's table has {generator.num_classes} classes."
+        )
     seeded = "The call does not hand `generator=` on: after the first step noise comes from `torch.manual_seed`."
     guidance = {"guidance_scale": float(generator.guidance_scale)}
     if generator.guidance_scale != 1 and generator.num_classes != 1000:

@@ -16,6 +16,9 @@ from diffusion.generator import Generator
 from diffusion.losses import denoising_loss, edm_loss_weight
 from diffusion.models.latents import Codes
 from diffusion.process import Noised, Process, TimeLaw, VPProcess, block_times
+from visiondistill.data import Stream as DataStream
+from visiondistill.data import TensorData
+from visiondistill.data.samples import Samples, collate
 from visiondistill.engine.method import Batch, Method, Stream
 from visiondistill.engine.rng import Draw
 
@@ -131,17 +134,28 @@ def only(streams: Mapping[str, Stream] | None, name: str, like: Generator, why: 
     """Of all streams the one that a method reads: others are not opened.
 
     Raises:
-        ValueError: it is missing, or holds codes of another codec than `like` has, or captions of other prompts.
+        ValueError: it is missing, or holds codes of another codec than `like` has, captions of other prompts, or
+            nothing that the conditions of `like` are read from.
     """
     if name not in (streams or {}):
         raise ValueError(
             f"{why} reads the stream {name!r}: name the data (there are {sorted(streams or {}) or 'none'})"
         )
-    held = getattr(streams[name], "data", None)
+    stream = streams[name]
+    held = getattr(stream, "data", None)
     if isinstance(held, Codes):
         held.require(like.codec)
         held.require_prompts(like.conditions)
-    return {name: streams[name]}
+    if isinstance(stream, DataStream):
+        condition_of(like.conditions, _first(held))
+    return {name: stream}
+
+
+def _first(data: Any) -> Batch:
+    """The first sample of a data set, read without a stream's workers: it tells what all of them hold."""
+    if isinstance(data, TensorData):
+        return data.rows(torch.zeros(1, dtype=torch.int64, device=data.device))
+    return collate([Samples(data, None, seed=0)[0, 0]])
 
 
 def condition_of(conditions: Conditions | None, data: Batch) -> tuple[Any, Any]:

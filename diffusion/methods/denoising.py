@@ -41,8 +41,8 @@ class Denoising(GeneratorMethod):
         frame_block: of videos: frames that share a noise level; default all.
 
     Raises:
-        ValueError: no stream "train", an unknown space, a label_dropout outside [0, 1) or without a null condition, or
-            frame_block for images.
+        ValueError: no stream "train", or one without the generator's conditions (labels, prompts), an unknown space, a
+            label_dropout outside [0, 1) or without a null condition, or frame_block for images.
     """
 
     def __init__(

@@ -127,7 +127,8 @@ class DMD2(GeneratorMethod):
         ValueError: student_every < 1 (2 to alternate), student_steps < 1, guidance without
             null conditions or as of `check_guidance`, a student or critic on another path, of another shape or
             with weights of another role, a teacher that has no other precision, pairs of another teacher or of
-            another guidance than it samples with, or `gan` without data.
+            another guidance than it samples with, or `gan` without data, with data that lack the teacher's
+            conditions (labels, prompts), or with taps that cannot be judged.
     """
 
     def __init__(
@@ -334,7 +335,10 @@ class DMD2(GeneratorMethod):
         held = next(self._judge.parameters(), torch.empty(()))
         x_t = torch.zeros(1, *self.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
         condition = self.conditions.at([0], held.device)[0] if self.conditions else None
-        return discriminator_of(self._judge, self.gan.taps, x_t, expand_time(self.times[0], x_t), condition)
+        try:
+            return discriminator_of(self._judge, self.gan.taps, x_t, expand_time(self.times[0], x_t), condition)
+        except ValueError as error:
+            raise ValueError(f"gan.taps={list(self.gan.taps)} (in a recipe method.gan.taps): {error}") from error
 
 
 def _guidance(

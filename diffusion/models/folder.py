@@ -260,7 +260,10 @@ def _parts(folder: Path, index: dict[str, Any]) -> list[str]:
 
 def _check_prompts(folder: Path, parts: list[str], prompts: str | None) -> None:
     if "text_encoder" in parts and prompts is None:
-        raise ValueError(f"{folder} is conditioned on text: give `prompts`, a file with one prompt a line")
+        raise ValueError(
+            f"{folder} is conditioned on text: give `prompts`, a file with one prompt a line (--generator.prompts FILE "
+            f"for evaluate and store, --teacher.prompts FILE for train)"
+        )
     if "text_encoder" not in parts and prompts is not None:
         raise ValueError(f"prompts={prompts}: {folder} has no text encoder")
     if prompts is not None:

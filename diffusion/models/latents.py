@@ -53,10 +53,16 @@ class CachedLatents(Source):
 
     Latent generators are then trained without an encoder's pass per step. Every epoch sees the same
     codes: images as an evaluation sees them, not cut at random. Codes of another VAE than the
-    generator's are refused by the method that reads them.
+    generator's are refused by the method that reads them. In a recipe:
+
+        data:
+          class_path: diffusion.models.CachedLatents
+          init_args:
+            source: {class_path: visiondistill.data.ImageFolder, init_args: {root: photos, size: 256}}
+            file: latents.safetensors
 
     Args:
-        source: the whole set.
+        source: the whole set, as it was encoded.
         file: what `visiondistill store latents` wrote of its training images.
 
     Raises:

@@ -152,10 +152,10 @@ def test_a_share_of_the_labels_is_dropped_for_the_null_label(share: float):
 
 def test_data_without_labels_are_refused_where_labels_are_conditions():
     image = small_images().columns["image"]
-    m = Denoising(small_generator(), {"train": Stream(TensorData({"image": image}), ROWS)})
+    streams = {"train": Stream(TensorData({"image": image}), ROWS)}
     with pytest.raises(ValueError, match="no labels"):
-        prepared(m, ("student",))
-    free = Denoising(small_generator(conditional=False), m.streams)
+        Denoising(small_generator(), streams)
+    free = Denoising(small_generator(conditional=False), streams)
     assert prepared(free, ("student",))["condition"] is None
 
 

@@ -347,7 +347,8 @@ def test_without_data_its_own_samples_are(conditions: Prompts | None, tmp_path: 
 def test_why_nothing_was_measured_is_said(tmp_path: Path):
     notes = told(Generator(Denoiser(Nothing(), VP, "v"), SHAPE), None, tmp_path)
     untold = (
-        "teacher not measured: there are no images, and no type makes samples that it then denoises: is it trained?"
+        "teacher not measured: there are no images, and its own samples are denoised by no prediction type: "
+        "is it trained?"
     )
     assert untold in notes
 

@@ -299,6 +299,19 @@ def test_networks_of_diffusers_are_judged_by_their_blocks(name: str, tmp_path: P
     play(m, tmp_path, 2)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tap_that_is_not_there_is_refused_with_one_that_works(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own, right = NETWORKS[name]
+    monkeypatch.setitem(NETWORKS, name, (own, "middle"))
+    with pytest.raises(ValueError, match=rf"method\.gan\.taps.*take '[\w.]*\.{right}', its middle block") as refused:
+        of_diffusers(name)
+    named = str(refused.value).partition("take '")[2].partition("'")[0]
+    monkeypatch.setitem(NETWORKS, name, (own, named))
+    play(of_diffusers(name), tmp_path, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_with_networks_of_diffusers_each_turn_is_one_graph(name: str, tmp_path: Path):

@@ -91,3 +91,13 @@ def test_a_recipe_trains_and_leaves_a_pipeline(name: str, place: Path, tmp_path:
     opened = Pipeline(**said | {"folder": str(outcome.exported.folder)})
     again, _ = next(opened.images(4, steps=2))
     torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
+    taught = f"Pipeline of {config['teacher']['init_args']['folder']}" if "teacher" in config else "not stated"
+    assert f"- teacher: {taught}\n" in (outcome.exported.folder / "README.md").read_text()
+
+
+def test_images_without_captions_are_refused_before_a_run_that_reads_them(place: Path, tmp_path: Path):
+    texts = {"teacher.folder": str(place / "texts"), "teacher.prompts": str(place / "prompts.txt"), "data.size": 16}
+    config = shrunk("dmd2", place, tmp_path)
+    del config["teacher"]["init_args"]["num_classes"]
+    with pytest.raises(recipes.RecipeError, match=r'method: .*no column "prompt".*store latents --captions FILE'):
+        recipes.plan(recipes.override(config, texts))

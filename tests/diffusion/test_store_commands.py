@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusion.models import CachedLatents, open_generator, open_latents
 from diffusion.models import prompts as prompts_module
 from diffusion.models.folder import store_prompts
 from diffusion.pairs import Pairs
+from visiondistill import recipes
 from visiondistill.cli import main
 from visiondistill.data import ImageFolder
 
@@ -109,7 +111,21 @@ def test_latents_are_those_that_training_would_make(place: Path, tmp_path: Path,
     torch.testing.assert_close(held.columns["code"][:3], teacher.codec.encode(images))
     assert len(CachedLatents(source, str(file)).stream(2).data) == len(held)
     assert main(["store", "latents", *words, "--split", "val"]) == 0
+    assert "to train on them" not in capsys.readouterr().out
     assert len(load_file(file)["code"]) == len(source.val())
+
+
+def test_what_is_printed_trains_on_the_latents(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos = shutil.copytree(place / "data", tmp_path / "my photos")
+    words = ["--pipeline", str(place / "dit"), "--file", "the latents.safetensors", "--data.size", "16"]
+    assert main(["store", "latents", *words, "--data.root", photos.name, "--data.val_fraction", "0.25"]) == 0
+    told, options = capsys.readouterr().out.splitlines()[-1].split(": ", 1)
+    assert told == "to train on them, give `visiondistill train` these options"
+    for recipe in ("denoising", "dmd2"):
+        data = recipes.source_of(recipes.override(recipes.load(recipe), recipes.parse_overrides(shlex.split(options))))
+        assert isinstance(data, CachedLatents)
+        assert data.stream(2).data.file == Path("the latents.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +134,7 @@ def test_latents_are_those_that_training_would_make(place: Path, tmp_path: Path,
         (["--file", "out"], "name a generator: --run FOLDER, or --pipeline FOLDER"),
         (["--pipeline", "dit"], "say where to: --file FILE"),
         (["--pipeline", "dit", "--file", "out"], "data: none are named"),
+        (["--pipeline", "sd", "--file", "out"], "one prompt a line (--generator.prompts FILE for evaluate and store"),
         ([*OUT, "--data.root", "data", "--data.size", "8"], "images are (3, 8, 8), the codec's are (3, 16, 16)"),
         ([*OUT, "--data.root", "nowhere", "--data.size", "16"], "nowhere"),
         ([*OUT, "--data.root", "data", "--data.size", "16", "--split", "all"], "there is no all split"),

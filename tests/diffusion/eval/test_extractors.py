@@ -99,7 +99,7 @@ def test_fid_is_refused_without_the_published_file(tmp_path: Path, content: byte
             make(file)
         assert "torch-fidelity's releases" in str(refused.value)
         assert "another extractor" in str(refused.value)
-    with pytest.raises(ValueError, match="name it as the weights"):
+    with pytest.raises(ValueError, match=r"name it as the weights \(--extractor_weights FILE\)"):
         extractor_of("inception")
 
 
@@ -186,7 +186,7 @@ def test_published_weights_that_cannot_be_had_have_a_cure(monkeypatch: pytest.Mo
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models.SqueezeNet1_1_Weights.get_state_dict", refuse)
-    with pytest.raises(ValueError, match="name a file of them"):
+    with pytest.raises(ValueError, match=r"name a file of them \(--extractor_weights FILE.*--extractor random"):
         squeezenet()
 
 

@@ -104,6 +104,21 @@ def test_latent_students_of_labels_and_of_texts(tmp_path, prompts, steps):
     assert torch.equal(images(open_generator(exported.folder, prompts=prompts)), images(text))
 
 
+def test_of_few_classes_the_card_says_that_the_call_fails_without_guidance_scale(tmp_path):
+    import diffusers
+
+    made = student(open_generator(folders.dit(tmp_path / "dit", classes=3)), 1)
+    exported = export_generator(made, tmp_path / "export")
+    card = (exported.folder / "README.md").read_text()
+    assert "`guidance_scale=1` is not optional: without it the call fails.** " in card
+    assert "label 1000 for the null label, and this network's table has 3 classes." in card
+    pipeline = diffusers.DiTPipeline.from_pretrained(exported.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(IndexError):
+        pipeline(class_labels=[0], num_inference_steps=1)
+    assert pipeline(class_labels=[0], num_inference_steps=1, guidance_scale=1).images
+
+
 def test_other_text_pipelines(tmp_path, prompts):
     xl = student(open_generator(folders.stable_diffusion_xl(tmp_path / "xl"), prompts=prompts), 4)
     exported = export_generator(xl, tmp_path / "xl_export")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import pipeline_folders as folders
 import pytest
 import torch
+from PIL import Image
 
 from diffusion.codecs import Latents, Pixels
 from diffusion.conditions import Prompts
@@ -17,8 +20,8 @@ from diffusion.generator import Generator
 from diffusion.methods import DMD2, Denoising
 from diffusion.models import CachedLatents, cache_latents, open_generator, open_latents
 from diffusion.process import FlowProcess
-from visiondistill import recipes
-from visiondistill.data import Pruned, Source, Split, TensorData
+from visiondistill import recipes, schema
+from visiondistill.data import ImageFolder, Pruned, Source, Split, TensorData
 from visiondistill.engine import Optim, Run, Stage, train
 from visiondistill.schema import RecipeError
 
@@ -179,6 +182,13 @@ def test_a_recipe_names_the_whole_set_and_the_file(tmp_path, pipeline):
     assert recipes.source_of({"data": node}).input_size == (1, 8, 8)
 
 
+def test_what_its_help_shows_is_a_recipes_data():
+    shown = re.search(r"In a recipe:\n\n(.*?)\n\n", CachedLatents.__doc__, re.DOTALL)[1]
+    node = recipes.parse_overrides(["--whole", textwrap.dedent(shown)])["whole"]["data"]
+    schema.check(node, Source, "data")
+    assert node["class_path"] == f"diffusion.models.{CachedLatents.__name__}"
+
+
 # --- with captions
 
 TEXTS = ["a red cat", "a blue dog", "on grass"]
@@ -250,6 +260,25 @@ def test_methods_train_on_captioned_latents_and_mind_the_captions(tmp_path, word
     assert one == same
     assert len(one) == 3
     assert one != other, "what an image shows is what it is denoised by"
+
+
+@pytest.mark.parametrize("method", [Denoising, lambda teacher, streams: DMD2(teacher, streams=streams, gan=GAN())])
+@pytest.mark.parametrize("kept", ["images in memory", "images in files", "latents"])
+def test_data_without_captions_are_refused_by_the_method_that_reads_them(tmp_path, worded, method, kept):
+    folder, prompts = worded
+    teacher, data = open_generator(folder, prompts=prompts), source()
+    if kept == "images in files":
+        for number in range(2):
+            (tmp_path / "photos" / "train" / str(number)).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "train" / str(number) / "0.png")
+        data = ImageFolder(str(tmp_path / "photos"), 16, val_fraction=0, test_fraction=0)
+    if kept == "latents":
+        cache_latents(teacher, data, tmp_path / "latents.safetensors")
+        data = CachedLatents(data, str(tmp_path / "latents.safetensors"))
+    streams = {"train": data.stream(4)}
+    with pytest.raises(ValueError, match=r'no column "prompt".*store latents --captions FILE'):
+        method(teacher, streams)
+    DMD2(teacher, streams=streams)  # it reads none
 
 
 @pytest.mark.parametrize("method", [Denoising, lambda teacher, streams: DMD2(teacher, streams=streams, gan=GAN())])
