@@ -146,7 +146,7 @@ def only(streams: Mapping[str, Stream] | None, name: str, like: Generator, why: 
     if isinstance(held, Codes):
         held.require(like.codec)
         held.require_prompts(like.conditions)
-    if isinstance(stream, DataStream):
+    if like.conditions is not None and isinstance(stream, DataStream):
         condition_of(like.conditions, _first(held))
     return {name: stream}
 
