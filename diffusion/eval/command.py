@@ -14,6 +14,7 @@ from visiondistill import recipes
 from visiondistill.data import Source
 from visiondistill.engine.errors import SettingsError
 from visiondistill.engine.launch import launch
+from visiondistill.preflight import require_class_names
 
 METRICS = {"fd": ("fd", "diversity"), "fid": ("fd", "diversity"), "kid": ("kid",), "pr": ("pr",)}
 """What each topic measures."""
@@ -96,9 +97,5 @@ def _check_steps(generator: Generator, steps: int) -> None:
 
 def _judge(folder: str, source: Source) -> nn.Module:
     network, classes = open_classifier(folder)
-    if classes not in ((), source.classes):
-        raise SettingsError(
-            f"classifier {folder}: its classes are {', '.join(classes[:3])} ..., those of the data "
-            f"{', '.join(source.classes[:3])} ...: names or their order differ, so every answer would be read wrongly"
-        )
+    require_class_names(classes, source.classes, f"classifier {folder}")
     return network

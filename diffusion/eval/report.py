@@ -19,7 +19,7 @@ from diffusion.eval.reference import Reference, reference_features
 from diffusion.generator import Generator
 from visiondistill.data import Source
 from visiondistill.engine.errors import SettingsError
-from visiondistill.engine.state import fingerprint
+from visiondistill.engine.state import fingerprint, write_text
 from visiondistill.eval import evaluating, weights_hash
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class GeneratorReport:
         """Write `<name>.json`; returns its path."""
         path = Path(folder) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False), "utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
         return path
 
 

@@ -31,6 +31,7 @@ from diffusion.models import open_generator
 from diffusion.pairs import store_pairs
 from visiondistill import recipes, workbench
 from visiondistill.data import Source
+from visiondistill.engine.state import write_text
 from visiondistill.mechanisms.tables import finished, markdown, spread
 
 ARMS = ("dmd2", "dmd2_gan", "dmd")
@@ -134,7 +135,7 @@ def figures(generator: Generator, shared: Shared, place: Path, steps: int | None
             cache=shared.folder / "reference_features",
         )
         report.write(place, "report")
-        file.write_text(json.dumps(_named(report.samples)), "utf-8")
+        write_text(file, json.dumps(_named(report.samples)))
     return json.loads(file.read_text("utf-8"))
 
 

@@ -17,8 +17,7 @@ from diffusion.losses import denoising_loss, edm_loss_weight
 from diffusion.models.latents import Codes
 from diffusion.process import Noised, Process, TimeLaw, VPProcess, block_times
 from visiondistill.data import Stream as DataStream
-from visiondistill.data import TensorData
-from visiondistill.data.samples import Samples, collate
+from visiondistill.data import in_order
 from visiondistill.engine.method import Batch, Method, Stream
 from visiondistill.engine.rng import Draw
 
@@ -147,15 +146,8 @@ def only(streams: Mapping[str, Stream] | None, name: str, like: Generator, why: 
         held.require(like.codec)
         held.require_prompts(like.conditions)
     if like.conditions is not None and isinstance(stream, DataStream):
-        condition_of(like.conditions, _first(held))
+        condition_of(like.conditions, next(in_order(held, 1)))
     return {name: stream}
-
-
-def _first(data: Any) -> Batch:
-    """The first sample of a data set, read without a stream's workers: it tells what all of them hold."""
-    if isinstance(data, TensorData):
-        return data.rows(torch.zeros(1, dtype=torch.int64, device=data.device))
-    return collate([Samples(data, None, seed=0)[0, 0]])
 
 
 def condition_of(conditions: Conditions | None, data: Batch) -> tuple[Any, Any]:

@@ -61,9 +61,13 @@ def maps_of_one_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[
 
 def directions(vectors: Tensor) -> Tensor:
     """Unit vectors along the last dimension; where there is no length there is no direction: 0, without gradient."""
-    length = vector_norm(vectors, dim=-1, keepdim=True)
-    # Divided by a small number instead, a vector of 0 would have a gradient of its reciprocal.
-    return vectors / length.masked_fill(length < SMALLEST_NORM, math.inf)
+    return vectors / divisor(vector_norm(vectors, dim=-1, keepdim=True))
+
+
+def divisor(length: Tensor) -> Tensor:
+    """Lengths to divide by: infinite where there is none, so that the quotient is 0, without gradient."""
+    # By a small number instead, a vector of 0 would have a gradient of its reciprocal.
+    return length.masked_fill(length < SMALLEST_NORM, math.inf)
 
 
 def positive_temperature(temperature: float) -> float:

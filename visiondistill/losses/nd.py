@@ -6,13 +6,11 @@ Direction, arXiv 2305.17007; as in the released code, which divides by 0 where a
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from visiondistill.losses.common import SMALLEST_NORM, Reduction, directions, lift, reduce
+from visiondistill.losses.common import Reduction, directions, divisor, lift, reduce
 
 
 def nd_loss(
@@ -45,5 +43,4 @@ def nd_loss(
     student, teacher = lift(student_features), lift(teacher_features)
     direction = directions(lift(class_means)[target])
     longer = torch.maximum(vector_norm(student, dim=1), vector_norm(teacher, dim=1))
-    longer = longer.masked_fill(longer < SMALLEST_NORM, math.inf)
-    return reduce(1 - (student * direction).sum(1) / longer, reduction)
+    return reduce(1 - (student * direction).sum(1) / divisor(longer), reduction)
